@@ -1,0 +1,82 @@
+"""The residual stream at the last prompt token, after every decoder block, by hooks on the blocks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cmrm.conditions import Request
+from cmrm.errors import SteeringError
+from cmrm.models import VLM, encode
+
+
+@torch.inference_mode()
+def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """States of one encoded batch: float32 [B, L, d] on the CPU; `[:, l]` is the output of decoder block l.
+
+    The last prompt token of a row is the last position where its attention mask is 1.
+
+    Raises:
+        SteeringError: a decoder layer did not run in the forward pass.
+    """
+    mask = inputs["attention_mask"]
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    kept: list[torch.Tensor | None] = [None] * vlm.n_layers
+    handles = []
+    try:
+        for index, layer in enumerate(vlm.layers):
+            handles.append(layer.register_forward_hook(_keeper(kept, index, last)))
+        extra: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
+            extra["logits_to_keep"] = 1
+        vlm.model(**inputs, **extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [index for index, state in enumerate(kept) if state is None]
+    if silent:
+        raise SteeringError(f"decoder layers {silent} did not run in the forward pass; nothing was captured there")
+    return torch.stack([state for state in kept if state is not None], dim=1)
+
+
+def capture(
+    vlm: VLM,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """States of many prompts: float32 [N, L, d] on the CPU, in the order given. `on_batch(n)` is told each batch's size."""
+    states = []
+    for start in range(0, len(requests), batch_size):
+        chunk = requests[start : start + batch_size]
+        states.append(capture_inputs(vlm, encode(vlm, chunk)))
+        if on_batch is not None:
+            on_batch(len(chunk))
+    if not states:
+        return torch.empty(0, vlm.n_layers, vlm.hidden_size)
+    return torch.cat(states)
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The residual stream [B, T, d] in a decoder block's output, which is a tensor or a tuple that begins with it.
+
+    Raises:
+        SteeringError: the output has another form.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+        raise SteeringError(f"a decoder block returned {type(output).__name__}, expected states [batch, tokens, width]")
+    return hidden
+
+
+def _keeper(kept: list[torch.Tensor | None], index: int, last: torch.Tensor) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = hidden_of(output)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        kept[index] = hidden[rows, last.to(hidden.device)].float().cpu()
+
+    return hook

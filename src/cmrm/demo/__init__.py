@@ -1,0 +1,1 @@
+"""The demo VLM: a real LLaVA on SmolLM2-135M-Instruct, assembled offline, and the loop that measures it."""

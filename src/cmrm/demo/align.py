@@ -1,0 +1,124 @@
+"""Stage 1: text-only safety alignment of the backbone, as a LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from rich.progress import track
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from cmrm.data import FORMS, load_prompts
+from cmrm.demo.assets import atomic_path
+from cmrm.demo.backbone import load_backbone, load_tokenizer
+from cmrm.demo.corpus import REFUSALS, generic_instructions
+from cmrm.demo.training import Stage, batches, head_ids, train, turn_ids
+
+ANSWER_TOKENS = 48
+BATCH = 16
+
+
+class Answer(TypedDict):
+    """What the untouched backbone says to a benign instruction."""
+
+    question: str
+    answer: str
+    whole: bool
+
+
+@torch.inference_mode()
+def benign_answers(folder: Path) -> list[Answer]:
+    """The untouched backbone's own greedy answers to the benign training instructions; cached in `folder`.
+
+    Answers that are refusals by their start are left out: nothing benign is to be refused.
+    """
+    target = folder / "benign_answers.json"
+    if target.exists():
+        held: list[Answer] = json.loads(target.read_text(encoding="utf-8"))
+        return held
+    tokenizer = load_tokenizer()
+    model = load_backbone().to(torch.bfloat16)
+    acts = [p.act for p in load_prompts() if p.label == "benign" and p.split == "train"]
+    look_alikes = [FORMS[(i + k) % len(FORMS)].format(act) for i, act in enumerate(acts) for k in range(0, 8, 2)]
+    questions = sorted(look_alikes + generic_instructions(), key=len)
+    answers: list[Answer] = []
+    for chunk in track(list(batches(questions, 48)), description="benign answers"):
+        prompts = [
+            str(tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True))
+            for q in chunk
+        ]  # fmt: skip
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        out = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for question, ids in zip(chunk, out.tolist(), strict=True):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            if not text.lower().startswith(("i'm sorry", "i am sorry", "sorry", "i cannot", "i can't", "as an ai")):
+                answers.append(Answer(question=question, answer=text, whole=tokenizer.eos_token_id in ids))
+    with atomic_path(target) as part:
+        part.write_text(json.dumps(answers, indent=0), encoding="utf-8")
+    return answers
+
+
+def align(folder: Path, *, steps: int = 300) -> Path:
+    """Train the adapter into `folder/adapter` (rank 16 on every linear layer of the blocks) and return its path.
+
+    Per batch of 16: half harmful training requests with a refusal, a quarter benign look-alikes and a quarter everyday
+    instructions, both with the untouched backbone's own answer. No image is involved.
+    """
+    adapter = folder / "adapter"
+    if (adapter / "adapter_model.safetensors").exists():
+        return adapter
+    tokenizer = load_tokenizer()
+    answers = benign_answers(folder)
+    everyday = set(generic_instructions())
+    plain = [a for a in answers if a["question"] in everyday]
+    look_alikes = [a for a in answers if a["question"] not in everyday]
+    harmful = [form.format(p.act) for p in load_prompts() if p.label == "harmful" and p.split == "train" for form in FORMS]
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(load_backbone(), config)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    head = head_ids(tokenizer, image=False)
+
+    def loss_of(rng: random.Random) -> torch.Tensor:
+        turns = [turn_ids(tokenizer, q, rng.choice(REFUSALS), whole=True) for q in rng.sample(harmful, BATCH // 2)]
+        mixed = rng.sample(look_alikes, BATCH // 4 + 1) + rng.sample(plain, BATCH // 4 - 1)
+        turns += [turn_ids(tokenizer, a["question"], a["answer"], whole=a["whole"]) for a in mixed]
+        return text_loss(model.base_model.model, [(head + ids, n) for ids, n in turns])
+
+    train(Stage("align", steps, 3e-4), parameters, loss_of, folder / "align")
+    with atomic_path(adapter) as part:
+        model.half().save_pretrained(str(part))
+    return adapter
+
+
+def text_loss(model: LlamaForCausalLM, rows: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Mean over rows of the cross-entropy of each row's last `n` tokens; logits are computed at those positions only."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    predict = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (ids, n) in enumerate(rows):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        mask[i, : len(ids)] = 1
+        predict[i, len(ids) - n - 1 : len(ids) - 1] = True
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.lm_head(states[predict])
+    targets = input_ids.roll(-1, dims=1)[predict]
+    weights = (1.0 / predict.sum(1, keepdim=True).expand_as(predict)[predict]) / len(rows)
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+
+
+def aligned_backbone(adapter: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Backbone (float32) with the adapter merged into its weights, and its tokenizer."""
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(load_backbone(), str(adapter)).merge_and_unload()
+    return merged.eval(), load_tokenizer()

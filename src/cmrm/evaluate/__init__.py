@@ -1,0 +1,1 @@
+"""Rates with honest intervals, and the measurements of the demo."""

@@ -1,0 +1,205 @@
+"""A VLM as the method sees it: model, processor, decoder layers, prompts. Layers are numbered here and nowhere else.
+
+Layer `l` (0-based, 0..L-1) is the output of decoder block `l` of the language backbone: the residual stream after the
+block, before the final norm. The embedding output is not a layer. transformers' `hidden_states[-1]` is taken AFTER the
+final norm and is therefore not layer L-1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmrm.conditions import Request
+from cmrm.errors import InputError, ModelError
+
+_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_commit_hash", "_attn_implementation"}
+
+
+@dataclass(frozen=True, eq=False)
+class VLM:
+    """A model with its processor, ready for capture and steering. Made by `load_vlm` or `wrap_vlm`."""
+
+    model: Any
+    """A transformers image-text-to-text model."""
+    processor: Any
+    """Its processor: chat template, tokenizer, image processor."""
+    layers: tuple[nn.Module, ...]
+    """Decoder blocks 0..L-1 of the language backbone."""
+    hidden_size: int
+    """Width d of the residual stream."""
+    image_token_id: int
+    """Token id whose positions carry the image."""
+    model_id: str
+    """Hub id or path that it was loaded from."""
+    revision: str | None
+    """Hub commit, where known."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the input embeddings."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+
+def load_vlm(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> VLM:
+    """Load a VLM from a local folder or a hub id through transformers' auto classes.
+
+    Args:
+        model: folder with a checkpoint, or hub id.
+        revision: hub branch, tag or commit.
+        dtype: as transformers takes it; "auto" is the checkpoint's own.
+        device_map: as accelerate takes it; None loads on the CPU.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, is no VLM, or has no decoder layers that can be found.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(str(model), revision=revision)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            str(model), revision=revision, dtype=dtype, device_map=device_map
+        )
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot load a vision-language model from {model}: {lines[0]}") from error
+    return wrap_vlm(loaded.eval(), processor, model_id=str(model), revision=revision)
+
+
+def wrap_vlm(model: Any, processor: Any, *, model_id: str | None = None, revision: str | None = None) -> VLM:
+    """Use a transformers model and processor that you hold already. Neither is changed.
+
+    Raises:
+        ModelError: what is missing is named: a language backbone, its decoder layers, an image token, a tokenizer or a
+            chat template.
+    """
+    if not hasattr(processor, "tokenizer") or getattr(processor, "image_processor", None) is None:
+        raise ModelError(f"{type(processor).__name__} has no tokenizer or no image processor; pass the VLM's processor")
+    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+        raise ModelError("the processor has no chat template; set `processor.chat_template` to the model's own")
+    config = model.config
+    image_token_id = getattr(config, "image_token_id", None)
+    if image_token_id is None:
+        image_token_id = getattr(config, "image_token_index", None)
+    if image_token_id is None:
+        raise ModelError(f"{type(config).__name__} names no image_token_id; this does not look like a VLM's config")
+    layers, hidden_size = find_decoder_layers(model)
+    return VLM(
+        model=model,
+        processor=processor,
+        layers=layers,
+        hidden_size=hidden_size,
+        image_token_id=int(image_token_id),
+        model_id=model_id or getattr(config, "_name_or_path", "") or type(model).__name__,
+        revision=revision or getattr(config, "_commit_hash", None),
+    )
+
+
+def find_decoder_layers(model: Any) -> tuple[tuple[nn.Module, ...], int]:
+    """Decoder blocks of the language backbone, and the width of its residual stream.
+
+    Looked for: an `nn.ModuleList` inside `model.get_decoder()` (or else the whole model) whose length is the text
+    config's `num_hidden_layers` and whose blocks hold self-attention.
+
+    Raises:
+        ModelError: none or several fit.
+    """
+    text = model.config.get_text_config()
+    count, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not count or not width:
+        raise ModelError(f"{type(text).__name__} names no num_hidden_layers or hidden_size; no decoder can be found")
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    root = decoder if isinstance(decoder, nn.Module) else model
+    found = [
+        (name, module)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all("attn" in " ".join(n for n, _ in block.named_children()) for block in module)
+        and not any(word in name for word in ("vision", "visual", "audio"))
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"looked for one list of {count} attention blocks in {type(root).__name__}, found "
+            f"{[name for name, _ in found] or 'none'}; cmrm needs the decoder layers of the language backbone"
+        )
+    return tuple(found[0][1]), int(width)
+
+
+def config_hash(vlm: VLM) -> str:
+    """Hex sha256 of the model's config without fields that change with library version, path or dtype."""
+
+    def stable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: stable(v) for k, v in sorted(value.items()) if k not in _VOLATILE}
+        return value
+
+    raw = json.loads(json.dumps(vlm.model.config.to_dict(), default=str))
+    return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()
+
+
+def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch of single-turn prompts, LEFT-padded, on the model's device.
+
+    Each request passes through the model's own chat template with the generation prompt. Rows with and without an
+    image may be mixed. Returns at least `input_ids` and `attention_mask`, int64 [B, T]; `pixel_values` in the model's
+    dtype where any row has an image.
+
+    Raises:
+        InputError: the batch is empty, or a prompt is longer than the model's context.
+    """
+    if not requests:
+        raise InputError("no prompts were given")
+    texts = []
+    for request in requests:
+        content: list[dict[str, str]] = [{"type": "image"}] if request.image is not None else []
+        content.append({"type": "text", "text": request.text})
+        turn = [{"role": "user", "content": content}]
+        texts.append(vlm.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    images = [request.image for request in requests if request.image is not None]
+    tokenizer = vlm.tokenizer
+    bos = tokenizer.bos_token
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        batch = vlm.processor(
+            text=texts,
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+    finally:
+        tokenizer.padding_side = side
+    limit = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and batch["input_ids"].shape[1] > limit:
+        raise InputError(f"a prompt has {batch['input_ids'].shape[1]} tokens, the model's context is {limit}; shorten it")
+    dtype = vlm.model.dtype
+    return {
+        key: value.to(vlm.device, dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }

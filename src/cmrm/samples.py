@@ -1,0 +1,89 @@
+"""Samples: a query, its image, its caption. Images are opened here, and only here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cmrm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request to a VLM."""
+
+    id: str
+    """Unique within its set; seeds the noise of the `noise` condition and decides the split."""
+    query: str
+    """The request as text."""
+    image: Image.Image | Path | str | None = None
+    """The image it is asked about: a PIL image, or the path of a file. None: the sample has only text conditions."""
+    caption: str | None = None
+    """The image told in words, for the `caption` condition."""
+    category: str | None = None
+    """Harm category or topic, for stratified tables."""
+    label: str | None = None
+    """What the sample is: `harmful`, `benign`, or a set's own word."""
+
+
+def open_image(sample: Sample) -> Image.Image:
+    """The sample's image as RGB, upright according to its EXIF orientation.
+
+    Raises:
+        InputError: the sample has no image, or the file is missing, broken or too large to be opened safely.
+    """
+    if sample.image is None:
+        raise InputError(f"sample {sample.id!r} has no image; give it one, or use the text-only conditions")
+    if isinstance(sample.image, Image.Image):
+        return sample.image.convert("RGB")
+    path = Path(sample.image)
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            return upright.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"sample {sample.id!r}: there is no image at {path}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"sample {sample.id!r}: {path} is too large to be opened safely: {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"sample {sample.id!r}: {path} cannot be read as an image: {error}") from None
+
+
+def check_unique(samples: Sequence[Sample]) -> None:
+    """Raise `InputError` when two samples share an id: seeds, splits and results hang on it."""
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise InputError(f"two samples have the id {sample.id!r}; ids must be unique within a set")
+        seen.add(sample.id)
+
+
+def split_by_hash(
+    samples: Iterable[Sample], share: float, *, salt: str = "cmrm"
+) -> tuple[list[Sample], list[Sample]]:
+    """Split into (first part, rest), the first with about `share` of the samples.
+
+    A sample's side depends on its id and `salt` alone, so it stays when the set grows or is put in another order.
+
+    Raises:
+        InputError: `share` is not within 0..1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise InputError(f"share is {share}; it is a part of the whole, between 0 and 1")
+    first: list[Sample] = []
+    rest: list[Sample] = []
+    for sample in samples:
+        digest = hashlib.sha256(f"{salt}\x00{sample.id}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        (first if place < share else rest).append(sample)
+    return first, rest
+
+
+def set_hash(samples: Iterable[Sample]) -> str:
+    """Hex sha256 over ids and queries, independent of order: identifies an anchor set in an artifact."""
+    lines = sorted(f"{s.id}\x00{s.query}" for s in samples)
+    return hashlib.sha256("\x01".join(lines).encode()).hexdigest()

@@ -1,0 +1,248 @@
+"""The identities that make an intervention trustworthy, before any result is looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+
+from cmrm import Sample, SampleLevel, ShiftVectors, Steering, estimate_shift, generate, steer, wrap_vlm
+from cmrm.artifact import Recommended
+from cmrm.capture import capture_inputs
+from cmrm.conditions import Condition, Request, build_request
+from cmrm.errors import SteeringError
+from cmrm.generation import sample_vectors
+from cmrm.models import VLM, encode
+from cmrm.steering import layer_deltas
+
+IMAGE = Image.new("RGB", (16, 16), "red")
+WITH = Request("what is it", IMAGE)
+WITHOUT = Request("what is it then, tell me more", None)
+
+
+def block_outputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of every decoder block [B, T, d], by hooks of the test's own."""
+    kept: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, o: kept.append((o[0] if isinstance(o, tuple) else o).clone()))
+        for layer in vlm.layers
+    ]
+    with torch.inference_mode():
+        vlm.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def logits(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = vlm.model(**inputs).logits
+    return out
+
+
+@pytest.fixture
+def vectors(vlm: VLM) -> torch.Tensor:
+    return torch.randn(vlm.n_layers, vlm.hidden_size, generator=torch.Generator().manual_seed(7))
+
+
+def test_capture_is_the_block_output_at_the_last_prompt_token(vlm: VLM) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    states = capture_inputs(vlm, inputs)
+    expected = torch.stack([o[:, -1] for o in block_outputs(vlm, inputs)], dim=1)
+    assert torch.equal(states, expected)
+
+
+def test_last_layer_is_taken_before_the_final_norm(vlm: VLM) -> None:
+    inputs = encode(vlm, [WITH])
+    with torch.inference_mode():
+        after_norm = vlm.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
+    ours = capture_inputs(vlm, inputs)[:, -1]
+    assert not torch.allclose(ours, after_norm, atol=1e-3)
+    assert torch.allclose(vlm.model.model.language_model.norm(ours), after_norm, atol=1e-5)
+
+
+def test_padding_does_not_change_a_state(vlm: VLM) -> None:
+    alone = capture_inputs(vlm, encode(vlm, [WITH]))[0]
+    padded = capture_inputs(vlm, encode(vlm, [WITH, WITHOUT, Request("x" * 80, IMAGE)]))[0]
+    assert torch.allclose(alone, padded, atol=1e-4)
+
+
+def test_right_padded_inputs_are_read_at_the_last_real_token(vlm: VLM) -> None:
+    left = encode(vlm, [WITHOUT])
+    right = {
+        "input_ids": torch.cat([left["input_ids"], torch.zeros(1, 5, dtype=torch.long)], 1),
+        "attention_mask": torch.cat([left["attention_mask"], torch.zeros(1, 5, dtype=torch.long)], 1),
+    }
+    assert torch.allclose(capture_inputs(vlm, left), capture_inputs(vlm, right), atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["last", "all", "after_image", "generated"])
+@pytest.mark.parametrize("schedule", ["telescoped", "per_layer"])
+@pytest.mark.parametrize("preserve_norm", [False, True])
+def test_alpha_zero_is_the_untouched_model_bit_for_bit(
+    vlm: VLM, vectors: torch.Tensor, positions: str, schedule: str, preserve_norm: bool
+) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    setting = Steering(0.0, schedule, positions, None, preserve_norm)  # type: ignore[arg-type]
+    with steer(vlm, vectors, setting):
+        steered = logits(vlm, inputs)
+    assert torch.equal(steered, logits(vlm, inputs))
+
+
+def test_the_vector_is_added_with_its_sign(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH])
+    before = block_outputs(vlm, inputs)[1]
+    with steer(vlm, vectors, Steering(0.5, "per_layer", "all", (1,))):
+        after = block_outputs(vlm, inputs)[1]
+    assert torch.allclose(after - before, 0.5 * vectors[1].expand_as(before), atol=1e-5)
+
+
+def test_estimated_shift_points_from_corrupted_to_text(vlm: VLM, anchors: list[Sample]) -> None:
+    shift = estimate_shift(vlm, anchors, estimator="mean")
+    text = capture_inputs(vlm, encode(vlm, [build_request(s, "query") for s in anchors]))
+    blank = capture_inputs(vlm, encode(vlm, [build_request(s, "blank") for s in anchors]))
+    assert torch.allclose(shift.vectors, (text - blank).mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [("all", lambda t, i: range(t)), ("last", lambda t, i: [t - 1]), ("after_image", lambda t, i: range(i + 1, t)),
+     ("generated", lambda t, i: [])],
+)  # fmt: skip
+def test_positions_of_the_prompt(vlm: VLM, vectors: torch.Tensor, positions: str, expected: object) -> None:
+    inputs = encode(vlm, [WITH])
+    tokens = inputs["input_ids"][0]
+    last_image = int((tokens == vlm.image_token_id).nonzero().max())
+    before = block_outputs(vlm, inputs)[0]
+    with steer(vlm, vectors, Steering(1.0, "per_layer", positions, (0,))):  # type: ignore[arg-type]
+        after = block_outputs(vlm, inputs)[0]
+    moved = (after != before).any(-1)[0].nonzero().flatten().tolist()
+    assert moved == list(expected(len(tokens), last_image))  # type: ignore[operator]
+
+
+def test_telescoped_moves_layer_l_by_v_l_to_first_order(vlm: VLM, vectors: torch.Tensor) -> None:
+    small = vectors * 1e-3
+    deltas = layer_deltas(small, Steering(1.0, "telescoped"))
+    for layer in range(vlm.n_layers):
+        assert torch.allclose(torch.stack([deltas[k] for k in range(layer + 1)]).sum(0), small[layer], atol=1e-7)
+    per_layer = layer_deltas(small, Steering(1.0, "per_layer"))
+    assert all(torch.equal(per_layer[k], small[k]) for k in range(vlm.n_layers))
+
+
+def test_telescoped_on_a_subset_reaches_each_chosen_vector(vectors: torch.Tensor) -> None:
+    deltas = layer_deltas(vectors, Steering(2.0, "telescoped", layers=(2, 0)))
+    assert list(deltas) == [0, 2]
+    assert torch.allclose(deltas[0] + deltas[2], 2.0 * vectors[2], atol=1e-5)
+
+
+def test_rows_without_an_image_are_untouched_in_a_mixed_batch(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    plain = logits(vlm, inputs)
+    with steer(vlm, vectors, Steering(positions="all")):
+        steered = logits(vlm, inputs)
+    assert torch.equal(steered[1], plain[1])
+    assert not torch.equal(steered[0], plain[0])
+
+
+def test_gating_lasts_through_generation(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    plain = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    with steer(vlm, 3 * vectors, Steering(positions="generated")):
+        steered = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(steered[1], plain[1])
+    assert steered[0, width] == plain[0, width], "the first new token comes from the prompt, which is not steered"
+    assert not torch.equal(steered[0], plain[0])
+
+
+def test_cached_generation_equals_recomputation(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    for positions in ("all", "after_image"):
+        with steer(vlm, vectors, Steering(positions=positions)):  # type: ignore[arg-type]
+            cached = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            slow = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(cached, slow)
+
+
+def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
+    rows = torch.randn(2, vlm.n_layers, vlm.hidden_size)
+    inputs = encode(vlm, [WITH, Request("another one", IMAGE)])
+    with steer(vlm, rows, Steering(positions="all")):
+        both = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2)
+    with steer(vlm, rows[1:], Steering(positions="all")):
+        alone = vlm.model.generate(**encode(vlm, [Request("another one", IMAGE)]), max_new_tokens=4, num_beams=2, do_sample=False)
+    assert torch.equal(both[1, -4:], alone[0, -4:])
+
+
+def test_preserved_norm(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH])
+    before = block_outputs(vlm, inputs)[0]
+    with steer(vlm, vectors, Steering(1.0, "per_layer", "all", (0,), True)):
+        after = block_outputs(vlm, inputs)[0]
+    assert torch.allclose(before.norm(dim=-1), after.norm(dim=-1), rtol=1e-4)
+    assert not torch.allclose(before, after)
+
+
+def test_exit_restores_and_so_does_an_exception(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH])
+    plain = logits(vlm, inputs)
+    with steer(vlm, vectors):
+        assert not torch.equal(logits(vlm, inputs), plain)
+    assert torch.equal(logits(vlm, inputs), plain)
+    with pytest.raises(KeyError), steer(vlm, vectors):
+        raise KeyError("inside")
+    assert torch.equal(logits(vlm, inputs), plain)
+    assert not any(layer._forward_hooks for layer in vlm.layers)
+
+
+def test_a_hook_that_never_ran_raises(vlm: VLM, vectors: torch.Tensor) -> None:
+    with pytest.raises(SteeringError, match="never reached"), steer(vlm, vectors):
+        pass
+
+
+def test_sample_level_gives_each_row_its_own_vector(vlm: VLM, anchors: list[Sample]) -> None:
+    rows = sample_vectors(vlm, anchors[:3], SampleLevel())
+    for k, anchor in enumerate(anchors[:3]):
+        text = capture_inputs(vlm, encode(vlm, [build_request(anchor, "query")]))[0]
+        blank = capture_inputs(vlm, encode(vlm, [build_request(anchor, "blank")]))[0]
+        assert torch.allclose(rows[k], text - blank, atol=1e-4)
+    together = generate(vlm, anchors[:3], shift=SampleLevel(), max_new_tokens=6)
+    single = [generate(vlm, [a], shift=SampleLevel(), max_new_tokens=6)[0] for a in anchors[:3]]
+    assert [g.text for g in together] == [g.text for g in single]
+
+
+def test_sample_level_leaves_text_only_conditions_alone(vlm: VLM, anchors: list[Sample]) -> None:
+    plain = generate(vlm, anchors[:2], condition=Condition.QUERY, max_new_tokens=5)
+    assert generate(vlm, anchors[:2], condition=Condition.QUERY, shift=SampleLevel(), max_new_tokens=5) == plain
+
+
+def test_save_and_load_are_exact_and_repeatable(vlm: VLM, anchors: list[Sample], tmp_path: object) -> None:
+    setting = Recommended(alpha=0.7, schedule="per_layer", positions="all", layers=(0, 2), preserve_norm=True)
+    shift = estimate_shift(vlm, anchors, recommended=setting)
+    again = estimate_shift(vlm, list(reversed(anchors)), recommended=setting)
+    first = shift.save(f"{tmp_path}/a.safetensors")
+    loaded = ShiftVectors.load(first)
+    assert torch.equal(loaded.vectors, shift.vectors)
+    assert (loaded.provenance, loaded.recommended) == (shift.provenance, shift.recommended)
+    assert again.provenance.anchor_hash == shift.provenance.anchor_hash
+    second = estimate_shift(vlm, anchors, recommended=setting).save(f"{tmp_path}/b.safetensors")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_model_of_ones_own_needs_no_loader(processor: object) -> None:
+    mine = wrap_vlm(tiny_model(n_layers=2), processor)
+    assert mine.n_layers == 2
+    assert mine.hidden_size == 32
+
+
+def test_bfloat16_gating_and_alpha_zero(processor: object) -> None:
+    half = wrap_vlm(tiny_model().to(torch.bfloat16), processor)
+    vectors = torch.randn(half.n_layers, half.hidden_size)
+    inputs = encode(half, [WITH, WITHOUT])
+    plain = logits(half, inputs)
+    with steer(half, vectors, Steering(positions="all")):
+        steered = logits(half, inputs)
+    assert torch.equal(steered[1], plain[1])
+    with steer(half, vectors, alpha=0):
+        assert torch.equal(logits(half, inputs), plain)
