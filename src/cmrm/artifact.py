@@ -102,11 +102,9 @@ class ShiftVectors:
             ArtifactError: the place cannot be written to.
         """
         target = Path(path)
-        header = {
-            "format": FORMAT,
-            "provenance": json.dumps(asdict(self.provenance), sort_keys=True),
-            "recommended": json.dumps(asdict(self.recommended), sort_keys=True),
-        }
+        content = {"format": FORMAT, "provenance": asdict(self.provenance), "recommended": asdict(self.recommended)}
+        # One key alone: safetensors writes several in an order that changes from run to run.
+        header = {"cmrm": json.dumps(content, sort_keys=True)}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -132,7 +130,7 @@ class ShiftVectors:
             raise ArtifactError(f"there is no shift artifact at {source}")
         try:
             with safe_open(str(source), "pt") as handle:
-                header = handle.metadata() or {}
+                header = json.loads((handle.metadata() or {}).get("cmrm", "{}"))
                 if header.get("format") != FORMAT:
                     raise ArtifactError(f"{source} has format {header.get('format')!r}, this version reads {FORMAT!r}")
                 vectors = handle.get_tensor("vectors")
@@ -168,8 +166,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("cmrm", "torch", "transformers")}
 
 
-def _build(kind: type[Any], raw: str) -> Any:
-    data = json.loads(raw)
+def _build(kind: type[Any], data: dict[str, Any]) -> Any:
     names = {f.name for f in fields(kind)}
     unknown = sorted(set(data) - names)
     if unknown:

@@ -81,5 +81,7 @@ def build_request(sample: Sample, condition: Condition | str, *, seed: int = 0) 
 def noise_image(size: tuple[int, int], *, seed: int, key: str) -> Image.Image:
     """Gaussian noise, N(127.5, 64) a channel, clipped to 0..255; size is (width, height) in pixels."""
     digest = hashlib.sha256(f"{seed}\x00{key}".encode()).digest()
-    values = np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(NOISE_MEAN, NOISE_STD, (size[1], size[0], 3))
+    values = np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(
+        NOISE_MEAN, NOISE_STD, (size[1], size[0], 3)
+    )
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), "RGB")

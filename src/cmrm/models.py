@@ -196,7 +196,9 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         tokenizer.padding_side = side
     limit = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and batch["input_ids"].shape[1] > limit:
-        raise InputError(f"a prompt has {batch['input_ids'].shape[1]} tokens, the model's context is {limit}; shorten it")
+        raise InputError(
+            f"a prompt has {batch['input_ids'].shape[1]} tokens, the model's context is {limit}; shorten it"
+        )
     dtype = vlm.model.dtype
     return {
         key: value.to(vlm.device, dtype if value.is_floating_point() else None)

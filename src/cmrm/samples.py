@@ -62,9 +62,7 @@ def check_unique(samples: Sequence[Sample]) -> None:
         seen.add(sample.id)
 
 
-def split_by_hash(
-    samples: Iterable[Sample], share: float, *, salt: str = "cmrm"
-) -> tuple[list[Sample], list[Sample]]:
+def split_by_hash(samples: Iterable[Sample], share: float, *, salt: str = "cmrm") -> tuple[list[Sample], list[Sample]]:
     """Split into (first part, rest), the first with about `share` of the samples.
 
     A sample's side depends on its id and `salt` alone, so it stays when the set grows or is put in another order.

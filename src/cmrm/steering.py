@@ -51,13 +51,17 @@ class Steering:
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha < float("inf"):
-            raise InputError(f"alpha is {self.alpha}; it is a finite number >= 0 (cmrm restores refusals, never removes)")
+            raise InputError(
+                f"alpha is {self.alpha}; it is a finite number >= 0 (cmrm restores refusals, never removes)"
+            )
         if self.schedule not in get_args(Schedule):
             raise InputError(f"schedule is {self.schedule!r}; one of {', '.join(get_args(Schedule))}")
         if self.positions not in get_args(Positions):
             raise InputError(f"positions is {self.positions!r}; one of {', '.join(get_args(Positions))}")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise InputError(f"layers is {self.layers}; name each 0-based decoder layer once, at least one, or None for all")
+            raise InputError(
+                f"layers is {self.layers}; name each 0-based decoder layer once, at least one, or None for all"
+            )
 
     @classmethod
     def from_recommended(cls, recommended: Recommended) -> Steering:
@@ -171,14 +175,21 @@ class _Rows:
         cache = kwargs.get("past_key_values")
         fresh = cache is None or cache.get_seq_length() == 0
         if ids is None and embeds is None:
-            raise SteeringError("the model was called without input_ids and inputs_embeds; steering cannot see the prompt")
-        shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2])
-        device = ids.device if ids is not None else embeds.device
-        is_image = ids == self.image_token_id if ids is not None else torch.zeros(shape, dtype=torch.bool, device=device)
+            raise SteeringError(
+                "the model was called without input_ids and inputs_embeds; steering cannot see the prompt"
+            )
+        tokens = ids if ids is not None else embeds
+        assert tokens is not None
+        shape, device = tuple(tokens.shape[:2]), tokens.device
+        is_image = (
+            ids == self.image_token_id if ids is not None else torch.zeros(shape, dtype=torch.bool, device=device)
+        )
         if self.given is not None:
             gate = self.given.to(device)
         elif ids is None and fresh:
-            raise SteeringError("the model was called with inputs_embeds alone; tell steer(has_image=...) which rows to steer")
+            raise SteeringError(
+                "the model was called with inputs_embeds alone; tell steer(has_image=...) which rows to steer"
+            )
         elif fresh or self.gate is None:
             gate = is_image.any(dim=1)
         else:

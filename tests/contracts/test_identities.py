@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
 from PIL import Image
 
 from cmrm import Sample, SampleLevel, ShiftVectors, Steering, estimate_shift, generate, steer, wrap_vlm
@@ -15,6 +14,7 @@ from cmrm.errors import SteeringError
 from cmrm.generation import sample_vectors
 from cmrm.models import VLM, encode
 from cmrm.steering import layer_deltas
+from conftest import tiny_model
 
 IMAGE = Image.new("RGB", (16, 16), "red")
 WITH = Request("what is it", IMAGE)
@@ -159,7 +159,7 @@ def test_gating_lasts_through_generation(vlm: VLM, vectors: torch.Tensor) -> Non
 def test_cached_generation_equals_recomputation(vlm: VLM, vectors: torch.Tensor) -> None:
     inputs = encode(vlm, [WITH, WITHOUT])
     for positions in ("all", "after_image"):
-        with steer(vlm, vectors, Steering(positions=positions)):  # type: ignore[arg-type]
+        with steer(vlm, vectors, Steering(positions=positions)):
             cached = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
             slow = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
         assert torch.equal(cached, slow)
@@ -171,7 +171,9 @@ def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
     with steer(vlm, rows, Steering(positions="all")):
         both = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2)
     with steer(vlm, rows[1:], Steering(positions="all")):
-        alone = vlm.model.generate(**encode(vlm, [Request("another one", IMAGE)]), max_new_tokens=4, num_beams=2, do_sample=False)
+        alone = vlm.model.generate(
+            **encode(vlm, [Request("another one", IMAGE)]), max_new_tokens=4, num_beams=2, do_sample=False
+        )
     assert torch.equal(both[1, -4:], alone[0, -4:])
 
 
@@ -187,13 +189,14 @@ def test_preserved_norm(vlm: VLM, vectors: torch.Tensor) -> None:
 def test_exit_restores_and_so_does_an_exception(vlm: VLM, vectors: torch.Tensor) -> None:
     inputs = encode(vlm, [WITH])
     plain = logits(vlm, inputs)
+    hooks = [len(layer._forward_hooks) for layer in vlm.layers]
     with steer(vlm, vectors):
         assert not torch.equal(logits(vlm, inputs), plain)
     assert torch.equal(logits(vlm, inputs), plain)
     with pytest.raises(KeyError), steer(vlm, vectors):
         raise KeyError("inside")
     assert torch.equal(logits(vlm, inputs), plain)
-    assert not any(layer._forward_hooks for layer in vlm.layers)
+    assert [len(layer._forward_hooks) for layer in vlm.layers] == hooks
 
 
 def test_a_hook_that_never_ran_raises(vlm: VLM, vectors: torch.Tensor) -> None:

@@ -53,8 +53,7 @@ def load_prompts() -> tuple[Prompt, ...]:
     Within one category and label the prompts are ordered by the sha256 of their text: the first 20 are `test`, the next
     8 `anchor`, all others `train`. Position in the file and later additions elsewhere do not matter.
     """
-    with files("cmrm.data").joinpath("prompts.csv").open(encoding="utf-8", newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    rows = _rows("prompts.csv")
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         groups.setdefault((row["category"], row["label"]), []).append(_digest(row["text"]))
@@ -70,6 +69,21 @@ def load_prompts() -> tuple[Prompt, ...]:
         )
         for row in rows
     )
+
+
+def train_texts(label: Label) -> list[str]:
+    """Requests to train on: every training prompt in all of `FORMS`, and the further requests of `train_extra.csv`.
+
+    The latter are in forms of their own and share less than half of their words with any anchor or test request.
+    """
+    acts = [p.act for p in load_prompts() if p.label == label and p.split == "train"]
+    extra = [row["text"] for row in _rows("train_extra.csv") if row["label"] == label]
+    return [form.format(act) for act in acts for form in FORMS] + extra
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = files("cmrm.data").joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def _digest(text: str) -> str:

@@ -13,14 +13,13 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cmrm.data import FORMS, load_prompts
+from cmrm.data import train_texts
 from cmrm.demo.assets import atomic_path
 from cmrm.demo.backbone import load_backbone, load_tokenizer
 from cmrm.demo.corpus import REFUSALS, generic_instructions
 from cmrm.demo.training import Stage, batches, head_ids, train, turn_ids
 
-ANSWER_TOKENS = 48
-BATCH = 16
+ANSWER_TOKENS = 32
 
 
 class Answer(TypedDict):
@@ -43,8 +42,7 @@ def benign_answers(folder: Path) -> list[Answer]:
         return held
     tokenizer = load_tokenizer()
     model = load_backbone().to(torch.bfloat16)
-    acts = [p.act for p in load_prompts() if p.label == "benign" and p.split == "train"]
-    look_alikes = [FORMS[(i + k) % len(FORMS)].format(act) for i, act in enumerate(acts) for k in range(0, 8, 2)]
+    look_alikes = train_texts("benign")
     questions = sorted(look_alikes + generic_instructions(), key=len)
     answers: list[Answer] = []
     for chunk in track(list(batches(questions, 48)), description="benign answers"):
@@ -63,11 +61,11 @@ def benign_answers(folder: Path) -> list[Answer]:
     return answers
 
 
-def align(folder: Path, *, steps: int = 300) -> Path:
+def align(folder: Path, *, steps: int = 220) -> Path:
     """Train the adapter into `folder/adapter` (rank 16 on every linear layer of the blocks) and return its path.
 
-    Per batch of 16: half harmful training requests with a refusal, a quarter benign look-alikes and a quarter everyday
-    instructions, both with the untouched backbone's own answer. No image is involved.
+    Per batch of 16: 6 harmful training requests with a refusal, 6 benign look-alikes and 4 everyday instructions, both with
+    the untouched backbone's own answer. No image is involved.
     """
     adapter = folder / "adapter"
     if (adapter / "adapter_model.safetensors").exists():
@@ -77,7 +75,7 @@ def align(folder: Path, *, steps: int = 300) -> Path:
     everyday = set(generic_instructions())
     plain = [a for a in answers if a["question"] in everyday]
     look_alikes = [a for a in answers if a["question"] not in everyday]
-    harmful = [form.format(p.act) for p in load_prompts() if p.label == "harmful" and p.split == "train" for form in FORMS]
+    harmful = train_texts("harmful")
     config = LoraConfig(
         r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )  # fmt: skip
@@ -87,8 +85,8 @@ def align(folder: Path, *, steps: int = 300) -> Path:
     head = head_ids(tokenizer, image=False)
 
     def loss_of(rng: random.Random) -> torch.Tensor:
-        turns = [turn_ids(tokenizer, q, rng.choice(REFUSALS), whole=True) for q in rng.sample(harmful, BATCH // 2)]
-        mixed = rng.sample(look_alikes, BATCH // 4 + 1) + rng.sample(plain, BATCH // 4 - 1)
+        turns = [turn_ids(tokenizer, q, rng.choice(REFUSALS), whole=True) for q in rng.sample(harmful, 6)]
+        mixed = rng.sample(look_alikes, 6) + rng.sample(plain, 4)
         turns += [turn_ids(tokenizer, a["question"], a["answer"], whole=a["whole"]) for a in mixed]
         return text_loss(model.base_model.model, [(head + ids, n) for ids, n in turns])
 

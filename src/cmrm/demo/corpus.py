@@ -16,6 +16,7 @@ from pathlib import Path
 import easy_vqa
 from PIL import Image
 
+from cmrm.data import FORMS
 from cmrm.errors import InputError
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -74,6 +75,28 @@ _TASKS = (
     "Help me write a birthday card.|Teach me a new word.|Hello! How are you?|Good evening, who are you?|Thank you!"
 )
 
+_DEEDS = (
+    "paint:a fence,a landscape,a bedroom,a wooden chair,an egg|draw:a horse,a map,a tree,a face,a cartoon|"
+    "clean:a garage,a fish tank,a piano,muddy boots,a carpet|fix:a leaky tap,a zipper,a squeaky door,a flat tire,a lamp|"
+    "buy:a used piano,a tent,running shoes,a winter coat,fresh fish|choose:a school,a laptop,a puppy,a mattress,a movie|"
+    "plan:a road trip,a wedding,a school fair,a week of meals,a study schedule|cook:lentil soup,rice,pasta for ten,fish,beans|"
+    "bake:a birthday cake,sourdough bread,an apple pie,muffins,pizza|write:a diary,a school essay,a love song,a resume,a play|"
+    "learn:Spanish,to juggle,to swim,chess openings,the piano|teach:my son to read,a class about trees,my dog to fetch,"
+    "my grandfather to use email,a friend to dance|take a picture of:a bird,the night sky,a waterfall,my family,a moving train|"
+    "build:a bird house,a sand castle,a bookshelf,a snowman,a kite|improve:my handwriting,my singing,my posture,my memory,"
+    "my garden soil|organize:my closet,a book club,a charity run,my photos,a kitchen|share:a car with colleagues,a room,"
+    "good news,a recipe,a big pizza|find:a hobby,a good dentist,a lost sock,a quiet beach,an old friend|"
+    "get rid of:hiccups,ants in the kitchen,a headache,old furniture,a coffee stain|protect:my skin from the sun,a new phone,"
+    "young plants from frost,my ears at a concert,a bicycle from rain|make:a paper lantern,strawberry jam,a puppet,a scarf,"
+    "a healthy lunch|sell:homemade soap,old books,vegetables at a market,my paintings,a bicycle|use:a compass,a sewing machine,"
+    "chopsticks,a washing machine,a calendar|grow:basil on a window,roses,carrots,a beard,mushrooms in a box|"
+    "stop:a baby from crying,a door from slamming,being late,a nosebleed,worrying at night|win:a spelling contest,a tennis match,"
+    "a card game,a debate,a sack race|watch:a solar eclipse,wild deer,a chess match,a foreign film,the stars|"
+    "keep:bread fresh,a secret diary,flowers alive,a room cool,a promise|help:an old neighbor,a lost tourist,a shy child,"
+    "a tired friend,a sick cat|send:a parcel abroad,a thank-you card,flowers,a fax,a postcard"
+)
+"""Everyday deeds, `verb:object,object|...`; put into the same forms as the prompt set's requests."""
+
 CAPTION_QUESTIONS = (
     "What is in this image?",
     "Describe the image.",
@@ -110,7 +133,13 @@ def generic_instructions() -> list[str]:
     """Harmless everyday instructions, fixed and without repeats."""
     topical = [form.format(topic) for topic in _TOPICS.split("|") for form in _TOPIC_FORMS]
     random.Random(0).shuffle(topical)
-    return _TASKS.split("|") + topical[:420]
+    deeds = [
+        f"{verb} {thing}"
+        for verb, things in (part.split(":") for part in _DEEDS.split("|"))
+        for thing in things.split(",")
+    ]
+    asked = [FORMS[(5 * k) % len(FORMS)].format(deed) for k, deed in enumerate(deeds)]
+    return _TASKS.split("|") + asked + topical[:200]
 
 
 @cache

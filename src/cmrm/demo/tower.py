@@ -18,7 +18,7 @@ from cmrm.demo.backbone import IMAGE_SIZE, build_processor, load_tokenizer, visi
 from cmrm.demo.corpus import CaptionedImage, load_emoji, load_vqa_images
 from cmrm.demo.training import Stage, train
 
-BATCH = 64
+BATCH = 48
 
 
 def pixels(images: list[CaptionedImage]) -> torch.Tensor:
@@ -40,7 +40,7 @@ def shifted(batch: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def train_tower(folder: Path, emoji: Path, *, steps: int = 2400) -> Path:
+def train_tower(folder: Path, emoji: Path, *, steps: int = 1600) -> Path:
     """Train the tower and save it as `folder/tower.safetensors` (float32); return that path.
 
     Multi-label prediction of caption words (those that occur at least twice) from the mean of the patch states: half
@@ -76,7 +76,7 @@ def train_tower(folder: Path, emoji: Path, *, steps: int = 2400) -> Path:
     def loss_of(rng: random.Random) -> torch.Tensor:
         parts = []
         for images, truth in sets:
-            rows = rng.sample(range(len(images)), BATCH // 2)
+            rows = rng.sample(range(len(images)), BATCH)
             logits = logits_of(shifted(images[rows], rng))
             parts.append(F.binary_cross_entropy_with_logits(logits.float(), truth[rows], reduction="sum") / len(rows))
         return parts[0] + 0.02 * parts[1]

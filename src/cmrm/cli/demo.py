@@ -1,0 +1,130 @@
+"""`cmrm demo`: the whole loop on real weights, offline; and the commands that made it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure, restore and show, on a VLM that is assembled offline.", invoke_without_command=True)
+
+
+def _quiet() -> None:
+    """No hub, no library chatter: the demo is offline, and its bars are its own."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+@app.callback()
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and the PNGs.")] = Path("out"),
+    full: Annotated[bool, typer.Option("--full", help="The whole test split instead of a stratified part.")] = False,
+) -> None:
+    """Assemble the demo VLM, measure what an image costs in safety, restore it with CMRM, and write a report."""
+    if context.invoked_subcommand is not None:
+        return
+    from cmrm.demo.run import prepare_out
+
+    prepare_out(out)
+    _quiet()
+    from rich.console import Console
+
+    from cmrm.demo.run import run_demo
+    from cmrm.demo.settings import FULL, QUICK
+
+    console = Console()
+    progress = _progress(console)
+    with progress:
+        task = progress.add_task("starting", total=None)
+        results = run_demo(
+            out,
+            FULL if full else QUICK,
+            say=lambda text: progress.update(task, description=text),
+            tick=lambda n: progress.advance(task, n),
+            start=lambda total: progress.update(task, total=total),
+        )
+    print_table(results, console)
+    console.print(f"report: {out / 'report.html'}   results: {out / 'results.json'}", soft_wrap=True)
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+def print_table(results: dict[str, Any], console: Any) -> None:
+    """The paper's table for the demo VLM."""
+    from rich.table import Table
+
+    from cmrm.report.page import table_rows
+
+    table = Table(
+        title=f"cmrm demo, {results['settings']['budget']['name']} run, n = {results['conditions']['query']['n']}"
+    )
+    for column in ("input", "unsafe rate", "gap closed", "over-refusal", "easy-VQA accuracy"):
+        table.add_column(column, no_wrap=True)
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def train(
+    emoji: Annotated[Path, typer.Option(help="emoji-datasource-twitter 16.0.0 as `npm pack` fetches it.")],
+    work: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and weights; a stopped run goes on from there.")
+    ] = Path("train"),
+) -> None:
+    """Train the demo VLM's weights anew: text-only alignment, vision tower, connector. Hours on a laptop; resumable."""
+    _quiet()
+    from cmrm.demo.train import train_demo
+
+    typer.echo(f"weights: {train_demo(work, emoji)}")
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="Folder for the table of tries and its resumable state.")] = Path(
+        "out-tune"
+    ),
+) -> None:
+    """Try steering settings on the anchor split (never on test) and print the table that the demo's setting was chosen from."""
+    from cmrm.demo.run import prepare_out
+
+    prepare_out(out)
+    _quiet()
+    from rich.console import Console
+
+    from cmrm.demo.tune import tune_demo
+
+    console = Console()
+    tune_demo(out, say=lambda text: console.print(text, soft_wrap=True))
+
+
+@app.command()
+def card() -> None:
+    """Measure the demo VLM alone (all conditions, over-refusal, easy-VQA) and print the figures of its model card."""
+    _quiet()
+    from cmrm.demo.card import print_card
+
+    print_card()

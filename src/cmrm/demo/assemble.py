@@ -1,0 +1,72 @@
+"""Put the demo VLM together once, in the user's cache: backbone from its wheel, our adapter, our tower and connector."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from cmrm.demo.assets import WHEEL_SHA256, atomic_path, cache_dir, sha256_file
+from cmrm.errors import CmrmError
+from cmrm.models import VLM, load_vlm
+
+CHECKSUMS = "checksums.json"
+
+
+def weights_dir() -> Path:
+    """The weights that ship with cmrm: `adapter/` (LoRA) and `visual.safetensors` (tower and connector)."""
+    return Path(str(files("cmrm.demo").joinpath("weights")))
+
+
+def demo_checkpoint(weights: Path | None = None) -> Path:
+    """Folder of the assembled checkpoint (transformers format, bfloat16), built on the first call.
+
+    The folder's name carries the hashes of everything that it is made of, and its files are checked against the sums
+    written at assembly; a damaged one is built anew.
+
+    Raises:
+        CmrmError: the backbone cannot be fetched, or the weights are missing.
+    """
+    weights = weights or weights_dir()
+    parts = [weights / "adapter" / "adapter_model.safetensors", weights / "visual.safetensors"]
+    for part in parts:
+        if not part.is_file():
+            raise CmrmError(f"the demo's weights are incomplete: {part} is missing; install cmrm anew")
+    key = "-".join([WHEEL_SHA256[:8], *(sha256_file(part)[:8] for part in parts)])
+    target = cache_dir() / "demo-vlm" / key
+    if not intact(target):
+        with atomic_path(target) as folder:
+            _assemble(weights, folder)
+            sums = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
+            (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    return target
+
+
+def intact(folder: Path) -> bool:
+    """Whether every file of an assembled checkpoint has the sum that was written at assembly."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return bool(sums) and all(sha256_file(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _assemble(weights: Path, folder: Path) -> None:
+    from cmrm.demo.align import aligned_backbone
+    from cmrm.demo.backbone import build_llava, build_processor
+    from cmrm.demo.connect import load_visual
+
+    backbone, tokenizer = aligned_backbone(weights / "adapter")
+    model = build_llava(backbone)
+    missing = model.load_state_dict(load_visual(weights / "visual.safetensors"), strict=False).unexpected_keys
+    if missing:
+        raise CmrmError(f"the demo's weights do not fit the model: {missing[:3]}; install cmrm anew")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+
+
+def load_demo_vlm(weights: Path | None = None) -> VLM:
+    """The demo VLM in bfloat16, assembled if need be."""
+    return load_vlm(demo_checkpoint(weights), dtype=torch.bfloat16)

@@ -1,0 +1,23 @@
+"""The whole recipe of the demo VLM's weights, in three resumable stages."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cmrm.demo.align import align
+from cmrm.demo.assets import atomic_path
+from cmrm.demo.connect import connect
+from cmrm.demo.tower import train_tower
+
+
+def train_demo(work: Path, emoji: Path) -> Path:
+    """Train everything into `work` and return `work/weights`, laid out as the weights that ship with cmrm."""
+    adapter = align(work)
+    tower = train_tower(work, emoji)
+    visual = connect(work, emoji, adapter, tower)
+    with atomic_path(work / "weights") as weights:
+        shutil.copytree(adapter, weights / "adapter")
+        shutil.copy2(visual, weights / "visual.safetensors")
+        shutil.copy2(work / "connect" / "curve.jsonl", weights / "curve.jsonl")
+    return work / "weights"
