@@ -61,7 +61,7 @@ def benign_answers(folder: Path) -> list[Answer]:
     return answers
 
 
-def align(folder: Path, *, steps: int = 220) -> Path:
+def align(folder: Path, *, steps: int = 180) -> Path:
     """Train the adapter into `folder/adapter` (rank 16 on every linear layer of the blocks) and return its path.
 
     Per batch of 16: 6 harmful training requests with a refusal, 6 benign look-alikes and 4 everyday instructions, both with

