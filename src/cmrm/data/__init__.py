@@ -71,13 +71,14 @@ def load_prompts() -> tuple[Prompt, ...]:
     )
 
 
-def train_texts(label: Label) -> list[str]:
-    """Requests to train on: every training prompt in all of `FORMS`, and the further requests of `train_extra.csv`.
+def train_texts(label: Label, part: Literal[1, 2]) -> list[str]:
+    """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; part 2: part
+    2 of that file.
 
-    The latter are in forms of their own and share less than half of their words with any anchor or test request.
+    The requests of `train_extra.csv` share less than half of their words with any anchor or test request.
     """
-    acts = [p.act for p in load_prompts() if p.label == label and p.split == "train"]
-    extra = [row["text"] for row in _rows("train_extra.csv") if row["label"] == label]
+    acts = [p.act for p in load_prompts() if p.label == label and p.split == "train"] if part == 1 else []
+    extra = [row["text"] for row in _rows("train_extra.csv") if row["label"] == label and row["part"] == str(part)]
     return [form.format(act) for act in acts for form in FORMS] + extra
 
 

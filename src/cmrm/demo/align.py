@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,20 @@ class Answer(TypedDict):
 
 
 @torch.inference_mode()
-def benign_answers(folder: Path) -> list[Answer]:
-    """The untouched backbone's own greedy answers to the benign training instructions; cached in `folder`.
+def benign_answers(folder: Path, part: Literal[1, 2]) -> list[Answer]:
+    """The untouched backbone's own greedy answers to the benign training requests of `part`; cached in `folder`.
+
+    Part 1 holds the everyday instructions too.
 
     Answers that are refusals by their start are left out: nothing benign is to be refused.
     """
-    target = folder / "benign_answers.json"
+    target = folder / f"benign_answers_{part}.json"
     if target.exists():
         held: list[Answer] = json.loads(target.read_text(encoding="utf-8"))
         return held
     tokenizer = load_tokenizer()
     model = load_backbone().to(torch.bfloat16)
-    look_alikes = train_texts("benign")
-    questions = sorted(look_alikes + generic_instructions(), key=len)
+    questions = sorted(train_texts("benign", part) + (generic_instructions() if part == 1 else []), key=len)
     answers: list[Answer] = []
     for chunk in track(list(batches(questions, 48)), description="benign answers"):
         prompts = [
@@ -61,36 +62,49 @@ def benign_answers(folder: Path) -> list[Answer]:
     return answers
 
 
-def align(folder: Path, *, steps: int = 180) -> Path:
+def split_answers(answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """(look-alikes, everyday instructions)."""
+    everyday = set(generic_instructions())
+    return [a for a in answers if a["question"] not in everyday], [a for a in answers if a["question"] in everyday]
+
+
+def align(folder: Path, *, steps: int = 180, calibration_steps: int = 80) -> Path:
     """Train the adapter into `folder/adapter` (rank 16 on every linear layer of the blocks) and return its path.
 
-    Per batch of 16: 6 harmful training requests with a refusal, 6 benign look-alikes and 4 everyday instructions, both with
-    the untouched backbone's own answer. No image is involved.
+    Two runs over batches of 16. `align`: 6 harmful training requests with a refusal, 6 benign look-alikes and 4 everyday
+    instructions, both with the untouched backbone's own answer. `calibrate`, against over-refusal: 4 harmful, 9
+    look-alikes (6 of them from part 2 of the extra requests) and 3 everyday instructions. No image is involved.
     """
     adapter = folder / "adapter"
     if (adapter / "adapter_model.safetensors").exists():
         return adapter
     tokenizer = load_tokenizer()
-    answers = benign_answers(folder)
-    everyday = set(generic_instructions())
-    plain = [a for a in answers if a["question"] in everyday]
-    look_alikes = [a for a in answers if a["question"] not in everyday]
-    harmful = train_texts("harmful")
+    look_alikes, plain = split_answers(benign_answers(folder, 1))
+    further = benign_answers(folder, 2)
+    harmful = train_texts("harmful", 1)
     config = LoraConfig(
-        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )  # fmt: skip
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
     torch.manual_seed(0)
     model = get_peft_model(load_backbone(), config)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     head = head_ids(tokenizer, image=False)
 
-    def loss_of(rng: random.Random) -> torch.Tensor:
-        turns = [turn_ids(tokenizer, q, rng.choice(REFUSALS), whole=True) for q in rng.sample(harmful, 6)]
-        mixed = rng.sample(look_alikes, 6) + rng.sample(plain, 4)
-        turns += [turn_ids(tokenizer, a["question"], a["answer"], whole=a["whole"]) for a in mixed]
+    def loss_on(rng: random.Random, refused: int, answered: list[Answer]) -> torch.Tensor:
+        turns = [turn_ids(tokenizer, q, rng.choice(REFUSALS), whole=True) for q in rng.sample(harmful, refused)]
+        turns += [turn_ids(tokenizer, a["question"], a["answer"], whole=a["whole"]) for a in answered]
         return text_loss(model.base_model.model, [(head + ids, n) for ids, n in turns])
 
-    train(Stage("align", steps, 3e-4), parameters, loss_of, folder / "align")
+    def aligning(rng: random.Random) -> torch.Tensor:
+        return loss_on(rng, 6, rng.sample(look_alikes, 6) + rng.sample(plain, 4))
+
+    def calibrating(rng: random.Random) -> torch.Tensor:
+        return loss_on(rng, 4, rng.sample(further, 6) + rng.sample(look_alikes, 3) + rng.sample(plain, 3))
+
+    train(Stage("align", steps, 3e-4), parameters, aligning, folder / "align")
+    train(Stage("calibrate", calibration_steps, 2e-4, save_every=40), parameters, calibrating, folder / "calibrate")
     with atomic_path(adapter) as part:
         model.half().save_pretrained(str(part))
     return adapter

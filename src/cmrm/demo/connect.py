@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from cmrm.data import Prompt, load_prompts
-from cmrm.demo.align import Answer, aligned_backbone, benign_answers
+from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
 from cmrm.demo.assets import atomic_path
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava
 from cmrm.demo.corpus import (
@@ -21,7 +21,6 @@ from cmrm.demo.corpus import (
     SHORT_ANSWER,
     CaptionedImage,
     Question,
-    generic_instructions,
     load_emoji,
     load_vqa_images,
     vqa_image_paths,
@@ -96,7 +95,7 @@ def packed_loss(
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights[predict]).sum()
 
 
-def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int = 900) -> Path:
+def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int = 600) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
     Each step sees `ROWS` images: half with easy-VQA questions and a caption question behind each, half (easy-VQA
@@ -122,10 +121,7 @@ def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int
     asked: dict[int, list[Question]] = {}
     for question in vqa_questions("train"):
         asked.setdefault(question.image_id, []).append(question)
-    everyday = set(generic_instructions())
-    answers = benign_answers(folder)
-    plain = [a for a in answers if a["question"] in everyday]
-    look_alikes = [a for a in answers if a["question"] not in everyday]
+    look_alikes, plain = split_answers(benign_answers(folder, 1) + benign_answers(folder, 2))
 
     def told(answer: Answer) -> Turn:
         return turn_ids(tokenizer, answer["question"], answer["answer"], whole=answer["whole"])

@@ -164,7 +164,7 @@ def vqa_captions(split: str) -> dict[int, str]:
     for question in vqa_questions(split):
         if question.answer in {"yes", "no"}:
             words = question.text.rstrip("?").split()
-            if question.answer == "yes" and "not" not in words:
+            if question.answer == "yes" and not {"no", "not"} & set(words):
                 for word in words:
                     if word in kinds:
                         shapes[question.image_id] = word

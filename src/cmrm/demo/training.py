@@ -18,6 +18,8 @@ from cmrm.demo.assets import atomic_path
 from cmrm.demo.backbone import IMAGE_TOKEN, IMAGE_TOKENS
 
 SEED = 20241112
+TOWER_SHARE = 0.2
+"""Learning rate of a vision tower that is trained on inside a whole VLM, as a share of the stage's."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
-    optimizer = torch.optim.AdamW(parameters.values(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    groups = [
+        {"params": [p for n, p in parameters.items() if "vision_tower" not in n], "share": 1.0},
+        {"params": [p for n, p in parameters.items() if "vision_tower" in n], "share": TOWER_SHARE},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -78,7 +84,7 @@ def train(
         for step in range(start, stage.steps):
             torch.manual_seed(SEED + step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step)
+                group["lr"] = group["share"] * learning_rate(stage, step)
             loss = loss_of(random.Random(f"{SEED}-{stage.name}-{step}"))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)

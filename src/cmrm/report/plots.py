@@ -23,7 +23,7 @@ COLOURS = {
     "query": "#2e8b57",
     "none": "#d1495b",
     "cmrm_dataset": "#00798c",
-    "cmrm_sample": "#30638e",
+    "cmrm_sample": "#8ec6c5",
 }
 LABELS = {
     "original": "original image",
