@@ -95,7 +95,7 @@ def packed_loss(
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights[predict]).sum()
 
 
-def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int = 600) -> Path:
+def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int = 450) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
     Each step sees `ROWS` images: half with easy-VQA questions and a caption question behind each, half (easy-VQA
