@@ -57,8 +57,8 @@ def benign_answers(folder: Path, part: Literal[1, 2]) -> list[Answer]:
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             if not text.lower().startswith(("i'm sorry", "i am sorry", "sorry", "i cannot", "i can't", "as an ai")):
                 answers.append(Answer(question=question, answer=text, whole=tokenizer.eos_token_id in ids))
-    with atomic_path(target) as part:
-        part.write_text(json.dumps(answers, indent=0), encoding="utf-8")
+    with atomic_path(target) as scratch:
+        scratch.write_text(json.dumps(answers, indent=0), encoding="utf-8")
     return answers
 
 
