@@ -214,3 +214,16 @@ def test_unreachable_backbone_is_named_with_the_mend(tmp_path: Path) -> None:
 def test_help_does_not_import_torch() -> None:
     code = "import sys, cmrm.cli.main; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ctrl_c_says_that_the_run_can_go_on() -> None:
+    code = (
+        "import cmrm.cli.main as m\n"
+        "@m.app.command()\n"
+        "def hang() -> None:\n"
+        "    raise KeyboardInterrupt\n"
+        "import sys; sys.argv = ['cmrm', 'hang']; m.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "cmrm: stopped; the same command goes on from what is finished"

@@ -12,6 +12,8 @@ from cmrm.cli.demo import app as demo_app
 from cmrm.cli.judges import app as judges_app
 from cmrm.errors import CmrmError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="Give a vision-language model back the safety alignment that it loses when it sees an image.",
     no_args_is_help=True,
@@ -37,12 +39,13 @@ def main(
 
 
 def run() -> None:
-    """Run the command line: a `CmrmError` is printed as one line, exit code 2; Ctrl-C exits with 130."""
+    """Run the command line: a `CmrmError` is printed as one line, exit code 2; Ctrl-C says what to do next, exit code 130."""
     try:
         app()
     except CmrmError as error:
         print(f"cmrm: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("cmrm: stopped; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            print("cmrm: stopped; the same command goes on from what is finished", file=sys.stderr)
+        raise

@@ -27,7 +27,7 @@ class Budget:
     """Test prompts per category in the alpha sweep."""
     geometry_per_category: int | None
     """Test prompts per category whose states are plotted."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 24
     """Length limit of a reply; refusals are told by its start."""
     batch_size: int = 48
     """Prompts per batch."""

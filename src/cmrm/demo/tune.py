@@ -42,17 +42,15 @@ def tries() -> list[Try]:
     found = [Try("none", "pca", Steering(alpha=0.0))]
     for alpha in (0.5, 1.0, 1.5, 2.0):
         found.append(Try("dataset", "pca", Steering(alpha, "telescoped", "last")))
-    for positions in ("all", "after_image", "generated"):
+    for positions in ("all", "after_image"):
         found.append(Try("dataset", "pca", Steering(1.0, "telescoped", positions)))
     for alpha in (0.1, 1.0):
         found.append(Try("dataset", "pca", Steering(alpha, "per_layer", "all")))
-    found.append(Try("dataset", "pca", Steering(0.1, "per_layer", "last")))
     found.append(Try("dataset", "mean", Steering(1.0, "telescoped", "last")))
     found.append(Try("dataset", "icv", Steering(1.0, "telescoped", "last")))
     found.append(Try("dataset", "pca", Steering(1.0, "telescoped", "last", None, True)))
     for alpha in (0.5, 1.0, 1.5):
         found.append(Try("sample", "pca", Steering(alpha, "telescoped", "last")))
-    found.append(Try("sample", "pca", Steering(1.0, "telescoped", "all")))
     return found
 
 
