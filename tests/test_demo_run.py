@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,41 @@ def test_an_interrupted_run_goes_on_to_the_same_results(go: Any, tmp_path: Path)
     assert not (tmp_path / "cut" / "results.json").exists()
     assert go(tmp_path / "cut") == whole
     assert all((tmp_path / "cut" / "state" / name).read_bytes() == data for name, data in kept.items())
+
+
+CHILD = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import cmrm.demo.run as run_module
+from cmrm.demo.settings import QUICK
+checkpoint, out = Path(sys.argv[1]), Path(sys.argv[2])
+run_module.demo_checkpoint = lambda: checkpoint
+small = replace(QUICK, per_category=1, vqa=6, sweep_per_category=1, geometry_per_category=1, max_new_tokens=3, batch_size=8)
+run_module.run_demo(out, small, say=lambda text: None, tick=lambda n: print(n, flush=True), start=lambda total: None)
+"""
+
+
+def test_kill_9_in_the_middle_loses_nothing(go: Any, checkpoint: Path, tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole")
+    out = tmp_path / "killed"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(checkpoint), str(out)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    seen = 0
+    for line in child.stdout:
+        seen += int(line)
+        if seen > 260:
+            child.kill()
+            break
+    child.wait()
+    assert seen > 260
+    assert not (out / "results.json").exists()
+    finished = [p for p in (out / "state").iterdir() if p.suffix == ".json"]
+    assert finished
+    assert all(json.loads(p.read_text()) for p in finished)
+    assert go(out) == whole
 
 
 def test_unwritable_out(go: Any, tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ def test_it_is_a_llava_of_the_documented_shape(demo: VLM) -> None:
     assert shipped <= 30_000_000
 
 
+def test_the_text_path_is_the_aligned_backbone_bit_for_bit(demo: VLM) -> None:
+    from cmrm.demo.align import aligned_backbone
+
+    backbone = aligned_backbone(weights_dir() / "adapter")[0].to(torch.bfloat16)
+    inputs = encode(demo, [build_request(s, "query") for s in prompt_samples("anchor", "harmful")[:4]])
+    with torch.inference_mode():
+        assert torch.equal(demo.model(**inputs).logits, backbone(**inputs).logits)
+
+
 def test_checksums_guard_the_checkpoint(demo: VLM, tmp_path: Path) -> None:
     folder = Path(demo.model_id)
     assert intact(folder)

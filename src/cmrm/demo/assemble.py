@@ -56,13 +56,14 @@ def intact(folder: Path) -> bool:
 def _assemble(weights: Path, folder: Path) -> None:
     from cmrm.demo.align import aligned_backbone
     from cmrm.demo.backbone import build_llava, build_processor
-    from cmrm.demo.connect import load_visual
+    from cmrm.demo.connect import load_visual, visual_weights
 
     backbone, tokenizer = aligned_backbone(weights / "adapter")
     model = build_llava(backbone)
-    missing = model.load_state_dict(load_visual(weights / "visual.safetensors"), strict=False).unexpected_keys
-    if missing:
-        raise CmrmError(f"the demo's weights do not fit the model: {missing[:3]}; install cmrm anew")
+    loaded = model.load_state_dict(load_visual(weights / "visual.safetensors"), strict=False)
+    wrong = [*loaded.unexpected_keys, *(k for k in loaded.missing_keys if k in visual_weights(model))]
+    if wrong:
+        raise CmrmError(f"the demo's weights do not fit the model: {wrong[:3]}; install cmrm anew")
     model.to(torch.bfloat16).save_pretrained(folder)
     build_processor(tokenizer).save_pretrained(folder)
 
