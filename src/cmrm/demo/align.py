@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cmrm.data import train_texts
+from cmrm.data import Part, train_texts
 from cmrm.demo.assets import atomic_path
 from cmrm.demo.backbone import load_backbone, load_tokenizer
 from cmrm.demo.corpus import REFUSALS, generic_instructions
@@ -31,7 +31,7 @@ class Answer(TypedDict):
 
 
 @torch.inference_mode()
-def benign_answers(folder: Path, part: Literal[1, 2]) -> list[Answer]:
+def benign_answers(folder: Path, part: Part) -> list[Answer]:
     """The untouched backbone's own greedy answers to the benign training requests of `part`; cached in `folder`.
 
     Part 1 holds the everyday instructions too.

@@ -95,13 +95,16 @@ def packed_loss(
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights[predict]).sum()
 
 
-def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int = 450) -> Path:
+def connect(
+    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 180
+) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
     Each step sees `ROWS` images: half with easy-VQA questions and a caption question behind each, half (easy-VQA
-    training images and emoji) with benign instructions, look-alikes among them, and a caption question.
-    `folder/connect/curve.jsonl` records, on the anchor split, refusal with image, over-refusal with image and easy-VQA
-    accuracy over steps.
+    training images and emoji) with benign instructions and a caption question. Two runs: in `connect` the instructions
+    are those of the alignment; in `instruct` two of three are look-alikes that the alignment never saw (part 3), as the
+    instructions of a real visual tuning set are new to the backbone. `curve.jsonl` in each run's folder records, on training
+    and anchor data, refusal with image, over-refusal with image and easy-VQA accuracy over steps.
     """
     target = folder / "visual.safetensors"
     if target.exists():
@@ -122,6 +125,7 @@ def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int
     for question in vqa_questions("train"):
         asked.setdefault(question.image_id, []).append(question)
     look_alikes, plain = split_answers(benign_answers(folder, 1) + benign_answers(folder, 2))
+    fresh = benign_answers(folder, 3)
 
     def told(answer: Answer) -> Turn:
         return turn_ids(tokenizer, answer["question"], answer["answer"], whole=answer["whole"])
@@ -129,7 +133,7 @@ def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int
     def caption(image: CaptionedImage, rng: random.Random) -> Turn:
         return turn_ids(tokenizer, rng.choice(CAPTION_QUESTIONS), f"This is {image.caption}.", whole=True)
 
-    def loss_of(rng: random.Random) -> torch.Tensor:
+    def loss_on(rng: random.Random, pool_of_two: list[Answer], pool_of_one: list[Answer]) -> torch.Tensor:
         rows: list[list[Turn]] = []
         images = []
         for k in rng.sample(range(len(shapes)), ROWS // 2):
@@ -142,7 +146,7 @@ def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int
         for _ in range(ROWS - ROWS // 2):
             pool, tensors = (shapes, shape_pixels) if rng.random() < 0.5 else (drawn, drawn_pixels)
             k = rng.randrange(len(pool))
-            said = rng.sample(look_alikes, INSTRUCTIONS - 1) + rng.sample(plain, 1)
+            said = rng.sample(pool_of_two, INSTRUCTIONS - 1) + rng.sample(pool_of_one, 1)
             rows.append([*(told(a) for a in said), caption(pool[k], rng)])
             images.append(tensors[k])
         return packed_loss(model, torch.stack(images), head, rows)
@@ -150,7 +154,16 @@ def connect(folder: Path, emoji: Path, adapter: Path, tower: Path, *, steps: int
     def measure(step: int) -> dict[str, float]:
         return anchor_figures(model, tokenizer, head)
 
-    train(Stage("connect", steps, 1e-3, save_every=75), parameters, loss_of, folder / "connect", on_checkpoint=measure)
+    first = Stage("connect", 2 * connect_steps, 1e-3, until=connect_steps, save_every=75)
+    second = Stage("instruct", instruct_steps, 6e-4, save_every=60)
+    train(first, parameters, lambda rng: loss_on(rng, look_alikes, plain), folder / first.name, on_checkpoint=measure)
+    train(
+        second,
+        parameters,
+        lambda rng: loss_on(rng, fresh, look_alikes + plain),
+        folder / second.name,
+        on_checkpoint=measure,
+    )
     with atomic_path(target) as part:
         save_file({n: p.detach().half().contiguous() for n, p in parameters.items()}, str(part))
     return target

@@ -36,5 +36,5 @@ class Budget:
 
 
 QUICK = Budget("quick", per_category=6, vqa=240, sweep_per_category=3, geometry_per_category=4)
-FULL = Budget("full", per_category=None, vqa=2400, sweep_per_category=8, geometry_per_category=20)
+FULL = Budget("full", per_category=None, vqa=1440, sweep_per_category=6, geometry_per_category=8)
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

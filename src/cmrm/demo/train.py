@@ -19,5 +19,6 @@ def train_demo(work: Path, emoji: Path) -> Path:
     with atomic_path(work / "weights") as weights:
         shutil.copytree(adapter, weights / "adapter")
         shutil.copy2(visual, weights / "visual.safetensors")
-        shutil.copy2(work / "connect" / "curve.jsonl", weights / "curve.jsonl")
+        for run in ("connect", "instruct"):
+            shutil.copy2(work / run / "curve.jsonl", weights / f"curve_{run}.jsonl")
     return work / "weights"

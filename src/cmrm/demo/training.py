@@ -32,6 +32,8 @@ class Stage:
     """Optimiser steps in all."""
     lr: float
     """Peak learning rate (AdamW, 3 % linear warm-up, cosine decay to 10 %)."""
+    until: int | None = None
+    """Stop after this step, before the schedule's end; None: run all."""
     save_every: int = 50
     """Steps between checkpoints; a killed run goes on from the last one."""
 
@@ -79,9 +81,10 @@ def train(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
+    end = stage.steps if stage.until is None else stage.until
     with Progress(*columns) as progress:
-        task = progress.add_task(stage.name, total=stage.steps, completed=start, loss="-")
-        for step in range(start, stage.steps):
+        task = progress.add_task(stage.name, total=end, completed=start, loss="-")
+        for step in range(start, end):
             torch.manual_seed(SEED + step)
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * learning_rate(stage, step)
@@ -93,7 +96,7 @@ def train(
             recent.append(loss.item())
             progress.update(task, completed=step + 1, loss=f"{sum(recent[-20:]) / len(recent[-20:]):.3f}")
             done = step + 1
-            if done % stage.save_every == 0 or done == stage.steps:
+            if done % stage.save_every == 0 or done == end:
                 state = {
                     "step": done,
                     "parameters": {n: p.detach().clone() for n, p in parameters.items()},

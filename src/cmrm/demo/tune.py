@@ -20,7 +20,7 @@ from cmrm.generation import SampleLevel
 from cmrm.shift import Estimator, estimate_shift
 from cmrm.steering import Steering
 
-QUESTIONS = 160
+QUESTIONS = 96
 MAX_ACCURACY_LOSS = 0.03
 MAX_OVER_REFUSAL_GAIN = 0.05
 
