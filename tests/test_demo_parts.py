@@ -127,4 +127,5 @@ def test_choice_of_the_setting_keeps_within_the_cost() -> None:
         row("sample", 1.0, 0.0, 0.5, 0.1),
     ]
     assert choose(rows, "dataset") == rows[2]
+    assert choose(rows, "dataset", over_refusal_base=0.18) == rows[3]
     assert choose(rows, "sample") is None

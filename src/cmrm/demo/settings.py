@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from cmrm.shift import Estimator
 from cmrm.steering import Steering
 
-DATASET_STEERING = Steering(alpha=1.0, schedule="telescoped", positions="last")
-SAMPLE_STEERING = Steering(alpha=1.0, schedule="telescoped", positions="last")
+DATASET_STEERING = Steering(alpha=0.3, schedule="telescoped", positions="last")
+SAMPLE_STEERING = Steering(alpha=0.1, schedule="telescoped", positions="last")
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
 
@@ -37,4 +37,4 @@ class Budget:
 
 QUICK = Budget("quick", per_category=6, vqa=240, sweep_per_category=3, geometry_per_category=4)
 FULL = Budget("full", per_category=None, vqa=1440, sweep_per_category=6, geometry_per_category=8)
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
