@@ -147,6 +147,10 @@ def test_broken_artifacts(shift: ShiftVectors, tmp_path: Path) -> None:
         ShiftVectors.load(cut)
     from safetensors.torch import save_file
 
+    for header in ("[]", "nonsense", '{"format": "cmrm-shift/1"}', '{"format": "cmrm-shift/1", "provenance": null}'):
+        save_file({"vectors": torch.zeros(1, 2)}, tmp_path / "odd.safetensors", metadata={"cmrm": header})
+        with pytest.raises(ArtifactError, match="not a whole"):
+            ShiftVectors.load(tmp_path / "odd.safetensors")
     save_file({"vectors": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ArtifactError, match="format"):
         ShiftVectors.load(tmp_path / "foreign.safetensors")

@@ -136,7 +136,7 @@ class ShiftVectors:
                 vectors = handle.get_tensor("vectors")
             provenance = _build(Provenance, header["provenance"])
             recommended = _build(Recommended, header["recommended"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{source} is not a whole shift artifact: {error}") from error
         return cls(vectors, provenance, recommended)
 

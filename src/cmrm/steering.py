@@ -166,6 +166,7 @@ class _Rows:
         self.positions = positions
         self.given = None if has_image is None else torch.as_tensor(has_image, dtype=torch.bool)
         self.gate: torch.Tensor | None = None
+        self.prompt: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,6 +182,8 @@ class _Rows:
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         shape, device = tuple(tokens.shape[:2]), tokens.device
+        if fresh and self.positions in {"last", "generated"}:
+            self._refuse_recomputation(ids)
         is_image = (
             ids == self.image_token_id if ids is not None else torch.zeros(shape, dtype=torch.bool, device=device)
         )
@@ -198,6 +201,17 @@ class _Rows:
             raise SteeringError(f"{shape[0]} rows were run, but {gate.shape[0]} are known; start a new steer() block")
         self.gate = gate
         self.mask = self._positions(shape, is_image, kwargs.get("attention_mask"), fresh, device) & gate[:, None]
+
+    def _refuse_recomputation(self, ids: Any) -> None:
+        """Without a KV cache every step looks like a new prompt, and what was generated before would go unsteered."""
+        before, self.prompt = self.prompt, ids
+        if before is None or ids is None or ids.shape != (before.shape[0], before.shape[1] + 1):
+            return
+        if torch.equal(ids[:, :-1], before):
+            raise SteeringError(
+                f"positions {self.positions!r} need the KV cache to tell generated tokens from the prompt; generate with "
+                "use_cache=True, or steer positions 'all'"
+            )
 
     def _positions(
         self, shape: tuple[int, ...], is_image: torch.Tensor, attention_mask: Any, fresh: bool, device: torch.device

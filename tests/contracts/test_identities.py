@@ -165,6 +165,15 @@ def test_cached_generation_equals_recomputation(vlm: VLM, vectors: torch.Tensor)
         assert torch.equal(cached, slow)
 
 
+@pytest.mark.parametrize("positions", ["last", "generated"])
+def test_generation_without_cache_is_refused_where_it_would_steer_otherwise(
+    vlm: VLM, vectors: torch.Tensor, positions: str
+) -> None:
+    setting = Steering(positions=positions)  # type: ignore[arg-type]
+    with pytest.raises(SteeringError, match="KV cache"), steer(vlm, vectors, setting):
+        vlm.model.generate(**encode(vlm, [WITH]), max_new_tokens=4, do_sample=False, use_cache=False)
+
+
 def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
     rows = torch.randn(2, vlm.n_layers, vlm.hidden_size)
     inputs = encode(vlm, [WITH, Request("another one", IMAGE)])
