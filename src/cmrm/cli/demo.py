@@ -83,7 +83,7 @@ def print_table(results: dict[str, Any], console: Any) -> None:
         title=f"cmrm demo, {results['settings']['budget']['name']} run, n = {results['conditions']['query']['n']}"
     )
     for column in ("input", "unsafe rate", "gap closed", "over-refusal", "easy-VQA accuracy"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for row in table_rows(results):
         table.add_row(*row)
     console.print(table)

@@ -59,6 +59,7 @@ class Bench:
         self.budget = budget
         self.tick = tick
         self.judge = KeywordJudge()
+        self._counted: set[str] = set()
 
     def replies(
         self, stage: str, samples: Sequence[Sample], condition: Condition, defense: Defense, *, max_new_tokens: int
@@ -90,8 +91,10 @@ class Bench:
         }
         before = self.ledger.resumed
         found: list[str] = self.ledger.run(stage, inputs, compute)
-        if self.ledger.resumed > before:
+        name = self.ledger.path(stage, inputs).name
+        if self.ledger.resumed > before and name not in self._counted:
             self.tick(len(samples))
+        self._counted.add(name)
         return found
 
     def verdicts(
