@@ -40,7 +40,8 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     for name in ("query", "caption", "noise", "blank"):
         over = rate_text(results["over_refusal"]["text"]["none"]) if name == "query" else "-"
         rows.append((LABELS[name], rate_text(results["conditions"][name], "unsafe_rate"), "-", over, "-"))
-    for name, cell in results["defenses"].items():
+    for name in ("none", "cmrm_dataset", "cmrm_sample"):
+        cell = results["defenses"][name]
         label = LABELS["original"] if name == "none" else f"{LABELS['original']} + {LABELS[name]}"
         closed = "-" if name == "none" or cell["gap_closed"] is None else f"{100 * cell['gap_closed']:.0f} %"
         rows.append(
