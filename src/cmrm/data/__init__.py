@@ -11,7 +11,7 @@ from typing import Literal
 
 Label = Literal["harmful", "benign"]
 Split = Literal["train", "anchor", "test"]
-Part = Literal[1, 2, 3]
+Part = Literal[1, 2, 3, 4]
 
 FORMS = (
     "How do I {}?",
@@ -74,7 +74,8 @@ def load_prompts() -> tuple[Prompt, ...]:
 
 def train_texts(label: Label, part: Part) -> list[str]:
     """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; parts 2 and
-    3: those parts of that file. Part 3, all benign, is for visual instruction tuning alone.
+    3: those parts of that file. Part 3, all benign, is for visual instruction tuning alone; part
+    4 was written after the shipped weights were trained, which have not seen it.
 
     The requests of `train_extra.csv` share less than half of their words with any anchor or test request.
     """
