@@ -12,6 +12,7 @@ from cmrm.conditions import build_request
 from cmrm.demo.assemble import demo_checkpoint, intact, weights_dir
 from cmrm.demo.assets import smollm2_gguf
 from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.demo.settings import DATASET_STEERING
 from cmrm.errors import CmrmError
 from cmrm.judges import KeywordJudge
 from cmrm.models import VLM, encode
@@ -44,8 +45,9 @@ def test_it_is_a_llava_of_the_documented_shape(demo: VLM) -> None:
 
 def test_the_text_path_is_the_aligned_backbone_bit_for_bit(demo: VLM) -> None:
     from cmrm.demo.align import aligned_backbone
+    from cmrm.demo.backbone import halve
 
-    backbone = aligned_backbone(weights_dir() / "adapter")[0].to(torch.bfloat16)
+    backbone = halve(aligned_backbone(weights_dir() / "adapter")[0])
     inputs = encode(demo, [build_request(s, "query") for s in prompt_samples("anchor", "harmful")[:4]])
     with torch.inference_mode():
         assert torch.equal(demo.model(**inputs).logits, backbone(**inputs).logits)
@@ -67,10 +69,10 @@ def test_checksums_guard_the_checkpoint(demo: VLM, tmp_path: Path) -> None:
 def test_an_image_costs_refusals_and_cmrm_gives_them_back(demo: VLM) -> None:
     text, image = refused(demo, "query"), refused(demo, "original")
     shift = estimate_shift(demo, prompt_samples("anchor", "harmful"), batch_size=48)
-    restored = refused(demo, "original", shift=shift)
+    restored = refused(demo, "original", shift=shift, steering=DATASET_STEERING)
     assert sum(text) > sum(image) + 5
     assert sum(restored) > sum(image) + 5
-    assert refused(demo, "query", shift=shift) == text, "text-only rows are never steered"
+    assert refused(demo, "query", shift=shift, steering=DATASET_STEERING) == text, "text-only rows are never steered"
 
 
 def test_it_sees(demo: VLM) -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cmrm.data import Part, train_texts
 from cmrm.demo.assets import atomic_path
-from cmrm.demo.backbone import load_backbone, load_tokenizer
+from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
 from cmrm.demo.corpus import REFUSALS, generic_instructions
 from cmrm.demo.training import Stage, batches, head_ids, train, turn_ids
 
@@ -43,7 +43,7 @@ def benign_answers(folder: Path, part: Part) -> list[Answer]:
         held: list[Answer] = json.loads(target.read_text(encoding="utf-8"))
         return held
     tokenizer = load_tokenizer()
-    model = load_backbone().to(torch.bfloat16)
+    model = halve(load_backbone())
     questions = sorted(train_texts("benign", part) + (generic_instructions() if part == 1 else []), key=len)
     answers: list[Answer] = []
     for chunk in track(list(batches(questions, 48)), description="benign answers"):

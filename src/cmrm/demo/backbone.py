@@ -52,6 +52,16 @@ def load_backbone() -> LlamaForCausalLM:
     return model.eval()
 
 
+def halve(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Parameters to bfloat16 in place; buffers stay float32, as when transformers loads a bfloat16 checkpoint.
+
+    `model.to(torch.bfloat16)` would round the rotary frequencies too, and with them every position.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer with the image placeholder marked special, left padding, and the demo's chat template."""
     gguf = smollm2_gguf()

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from cmrm.data import Prompt, load_prompts
 from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
 from cmrm.demo.assets import atomic_path
-from cmrm.demo.backbone import IMAGE_TOKENS, build_llava
+from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
     SHORT_ANSWER,
@@ -111,7 +111,7 @@ def connect(
         return target
     backbone, tokenizer = aligned_backbone(adapter)
     torch.manual_seed(2)
-    model = build_llava(backbone.to(torch.bfloat16))
+    model = build_llava(halve(backbone))
     model.model.vision_tower.load_state_dict(load_tower(tower))
     model.requires_grad_(False)
     parameters = visual_weights(model)
