@@ -94,7 +94,7 @@ def test_unknown_estimator_and_corruption(vlm: VLM, anchors: list[Sample]) -> No
 @pytest.mark.parametrize("changes", [{"n_layers": 2}, {"width": 64}])
 def test_artifact_of_another_model(shift: ShiftVectors, processor: object, changes: dict[str, int]) -> None:
     other = wrap_vlm(tiny_model(**changes), processor)
-    inputs = encode(other, [Request("q", None)])
+    inputs = encode(other, [Request("q")])
     with pytest.raises(ArtifactError, match="does not fit"), steer(other, shift):
         other.model(**inputs)
 
@@ -169,7 +169,7 @@ def test_bad_generation_options(vlm: VLM, anchors: list[Sample]) -> None:
     with pytest.raises(InputError, match="max_new_tokens"):
         generate(vlm, anchors, max_new_tokens=0)
     with pytest.raises(InputError, match="context"):
-        generate(vlm, [Sample("long", "x" * 600)], condition="query")
+        generate(vlm, [Sample("long", "x" * 3000)], condition="query")
 
 
 def test_not_a_vlm(processor: object, vlm: VLM, tmp_path: Path) -> None:

@@ -16,32 +16,32 @@ import pytest
 from PIL import Image
 
 from cmrm import KeywordJudge, Sample, Verdict
-from cmrm.conditions import Condition, build_request
+from cmrm.conditions import FIVE, Condition, build_request
 from cmrm.data import load_prompts
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import agreement, rate_of, verdict_rate
 from cmrm.models import VLM, encode
-from cmrm.samples import open_image, split_by_hash
+from cmrm.samples import open_images, split_by_hash
 
 SAMPLE = Sample("one", "What is this?", Image.new("RGB", (30, 20), "red"), caption="A red wall.")
 
 
 def test_five_conditions() -> None:
-    made = {c: build_request(SAMPLE, c) for c in Condition}
+    made = {c: build_request(SAMPLE, c) for c in FIVE}
     assert [c.value for c in made] == ["original", "blank", "noise", "caption", "query"]
     assert made[Condition.CAPTION].text == "A red wall.\nWhat is this?"
     assert all(r.text == "What is this?" for c, r in made.items() if c is not Condition.CAPTION)
-    assert [c.value for c, r in made.items() if r.image is not None] == ["original", "blank", "noise"]
-    assert all(r.image.size == (30, 20) for r in made.values() if r.image is not None)
-    assert made[Condition.BLANK].image.getcolors() == [(600, (255, 255, 255))]  # type: ignore[union-attr]
+    assert [c.value for c, r in made.items() if r.images] == ["original", "blank", "noise"]
+    assert all(r.images[0].size == (30, 20) for r in made.values() if r.images)
+    assert made[Condition.BLANK].images[0].getcolors() == [(600, (255, 255, 255))]
 
 
 def test_noise_is_seeded_by_seed_and_sample() -> None:
     def pixels(sample: Sample, seed: int) -> np.ndarray:
-        return np.asarray(build_request(sample, "noise", seed=seed).image)
+        return np.asarray(build_request(sample, "noise", seed=seed).images[0])
 
     other = Sample("two", "q", SAMPLE.image)
     assert (pixels(SAMPLE, 1) == pixels(SAMPLE, 1)).all()
@@ -51,7 +51,7 @@ def test_noise_is_seeded_by_seed_and_sample() -> None:
 
 
 def test_image_tokens_are_there_exactly_when_the_condition_has_an_image(vlm: VLM) -> None:
-    for condition in Condition:
+    for condition in FIVE:
         ids = encode(vlm, [build_request(SAMPLE, condition)])["input_ids"]
         assert int((ids == vlm.image_token_id).sum()) == (4 if condition.has_image else 0)
 
@@ -60,9 +60,9 @@ def test_exif_rotation_and_modes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4), "blue").save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(Sample("t", "q", tmp_path / "turned.jpg")).size == (4, 8)
+    assert open_images(Sample("t", "q", tmp_path / "turned.jpg"))[0].size == (4, 8)
     Image.new("LA", (5, 5)).save(tmp_path / "grey.png")
-    assert open_image(Sample("g", "q", tmp_path / "grey.png")).mode == "RGB"
+    assert open_images(Sample("g", "q", tmp_path / "grey.png"))[0].mode == "RGB"
 
 
 def test_split_by_hash_is_stable_when_the_set_grows() -> None:
@@ -186,7 +186,7 @@ def test_atomic_path_leaves_nothing_behind_on_error(tmp_path: Path) -> None:
 
 def test_kill_9_never_leaves_a_half_written_file(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from cmrm.demo.assets import atomic_path\n"
+        "import sys, time; from pathlib import Path; from cmrm.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as part:\n"
         "    part.write_text('half'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -140,6 +140,36 @@ class ShiftVectors:
             raise ArtifactError(f"{source} is not a whole shift artifact: {error}") from error
         return cls(vectors, provenance, recommended)
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> ShiftVectors:
+        """Load from a file, from a folder that holds `shift.safetensors`, or from a hub repository.
+
+        Raises:
+            ArtifactError: nothing is there, or it is no whole artifact.
+        """
+        from cmrm.hub import fetch
+
+        return cls.load(fetch(source, revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Upload shift vectors",
+    ) -> str:
+        """Upload to a hub repository (made if need be) as `shift.safetensors` with a generated card; returns the commit.
+
+        Raises:
+            ArtifactError: the hub refuses, or cannot be reached.
+        """
+        from cmrm.hub import push
+
+        return push(self, repo_id, private=private, token=token, message=commit_message)
+
     def check(self, vlm: VLM) -> None:
         """Refuse a model that these vectors do not belong to.
 

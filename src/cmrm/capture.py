@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from cmrm.batching import in_batches
 from cmrm.conditions import Request
 from cmrm.errors import SteeringError
 from cmrm.models import VLM, encode
@@ -17,7 +18,8 @@ from cmrm.models import VLM, encode
 def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """States of one encoded batch: float32 [B, L, d] on the CPU; `[:, l]` is the output of decoder block l.
 
-    The last prompt token of a row is the last position where its attention mask is 1.
+    The last prompt token of a row is the last position where its attention mask is 1. A layer that a text-only prompt
+    skips (`VLM.skippable`) hands on what the layer before it left: that is its state.
 
     Raises:
         SteeringError: a decoder layer did not run in the forward pass.
@@ -36,6 +38,9 @@ def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     finally:
         for handle in handles:
             handle.remove()
+    for index in sorted(vlm.skippable):
+        if kept[index] is None and index > 0:
+            kept[index] = kept[index - 1]
     silent = [index for index, state in enumerate(kept) if state is None]
     if silent:
         raise SteeringError(f"decoder layers {silent} did not run in the forward pass; nothing was captured there")
@@ -44,18 +49,17 @@ def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def capture(
     vlm: VLM,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """States of many prompts: float32 [N, L, d] on the CPU, in the order given. `on_batch(n)` is told each batch's size."""
     states = []
-    for start in range(0, len(requests), batch_size):
-        chunk = requests[start : start + batch_size]
-        states.append(capture_inputs(vlm, encode(vlm, chunk)))
+    for batch, kept in in_batches(requests, batch_size, lambda batch: capture_inputs(vlm, encode(vlm, batch))):
+        states.append(kept)
         if on_batch is not None:
-            on_batch(len(chunk))
+            on_batch(len(batch))
     if not states:
         return torch.empty(0, vlm.n_layers, vlm.hidden_size)
     return torch.cat(states)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Thread
+from typing import Any
 
 import torch
 
 from cmrm.artifact import ShiftVectors
 from cmrm.capture import capture_inputs
-from cmrm.conditions import Condition, build_request
+from cmrm.batching import in_batches
+from cmrm.conditions import Condition, Request, build_request, build_requests, choose_donors
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
 from cmrm.samples import Sample
@@ -23,12 +26,15 @@ class SampleLevel:
     """Sample-level CMRM: each row is steered by its own v = h_t - h_c, from two extra forward passes."""
 
     corruption: Condition = Condition.BLANK
-    """What stands for the image in h_c: `blank` or `noise`."""
+    """What stands for the image in h_c; every corruption but `other`."""
     seed: int = 0
     """Seed of the noise."""
 
     def __post_init__(self) -> None:
-        checked_corruption(self.corruption)
+        if checked_corruption(self.corruption) is Condition.OTHER:
+            raise InputError(
+                "the sample level has one sample at hand, none to lend it an image; choose another corruption"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,21 @@ def generate(
         InputError: an image, caption or option cannot be used. ArtifactError: vectors of another model.
     """
     condition = Condition(condition)
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}; both are at least 1")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it is at least 1")
+    donors = choose_donors(samples, seed=seed) if condition is Condition.OTHER else None
     order = sorted(range(len(samples)), key=lambda k: len(samples[k].query))
     replies: dict[int, Generation] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+
+    def work(places: list[int]) -> tuple[list[str], list[int]]:
         chunk = [samples[k] for k in places]
-        texts, counts = _one_batch(vlm, chunk, condition, shift, steering, max_new_tokens, seed)
+        requests = [build_request(s, condition, seed=seed, donors=donors) for s in chunk]
+        return _one_batch(vlm, chunk, requests, shift, steering, max_new_tokens)
+
+    for places, (texts, counts) in in_batches(order, batch_size, work):
         done = [
-            Generation(sample.id, condition, text, count)
-            for sample, text, count in zip(chunk, texts, counts, strict=True)
+            Generation(samples[k].id, condition, text, count)
+            for k, text, count in zip(places, texts, counts, strict=True)
         ]
         replies.update(zip(places, done, strict=True))
         if on_batch is not None:
@@ -92,19 +102,62 @@ def generate(
     return [replies[k] for k in range(len(samples))]
 
 
+def stream(
+    vlm: VLM,
+    sample: Sample,
+    *,
+    shift: ShiftVectors | SampleLevel | None = None,
+    steering: Steering | None = None,
+    max_new_tokens: int = 256,
+) -> Iterator[str | Generation]:
+    """Greedy reply to one sample, piece by piece as it is generated; at the end the whole of it as a `Generation`.
+
+    The sample is put to the model as it is: with its image where it has one. See `generate` for the arguments.
+
+    Raises:
+        InputError: as `generate`. Whatever the model raises while generating is raised here.
+    """
+    from transformers import TextIteratorStreamer
+
+    condition = Condition.ORIGINAL if sample.image is not None else Condition.QUERY
+    streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+    done: list[tuple[list[str], list[int]]] = []
+
+    def work() -> None:
+        try:
+            requests = [build_request(sample, condition)]
+            done.append(_one_batch(vlm, [sample], requests, shift, steering, max_new_tokens, streamer=streamer))
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    for piece in streamer:
+        if piece:
+            yield piece
+    thread.join()
+    if failures:
+        raise failures[0]
+    texts, counts = done[0]
+    yield Generation(sample.id, condition, texts[0], counts[0])
+
+
 @torch.inference_mode()
 def _one_batch(
     vlm: VLM,
     samples: list[Sample],
-    condition: Condition,
+    requests: list[Request],
     shift: ShiftVectors | SampleLevel | None,
     steering: Steering | None,
     max_new_tokens: int,
-    seed: int,
+    streamer: Any = None,
 ) -> tuple[list[str], list[int]]:
-    inputs = encode(vlm, [build_request(s, condition, seed=seed) for s in samples])
+    inputs = encode(vlm, requests)
     if isinstance(shift, SampleLevel):
-        rows = sample_vectors(vlm, samples, shift) if condition.has_image else None
+        rows = sample_vectors(vlm, samples, shift) if any(r.images for r in requests) else None
         context = steer(vlm, rows, steering) if rows is not None else nullcontext()
     elif shift is not None:
         context = steer(vlm, shift, steering)
@@ -112,8 +165,9 @@ def _one_batch(
         context = nullcontext()
     with context:
         out = vlm.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=vlm.tokenizer.pad_token_id
-        )
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=vlm.tokenizer.pad_token_id,
+            streamer=streamer,
+        )  # fmt: skip
     new = out[:, inputs["input_ids"].shape[1] :]
     texts = [str(t).strip() for t in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
     ends = vlm.model.generation_config.eos_token_id
@@ -125,6 +179,6 @@ def _one_batch(
 
 def sample_vectors(vlm: VLM, samples: Sequence[Sample], level: SampleLevel) -> torch.Tensor:
     """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `samples[i]`."""
-    text = capture_inputs(vlm, encode(vlm, [build_request(s, Condition.QUERY) for s in samples]))
-    corrupted = [build_request(s, level.corruption, seed=level.seed) for s in samples]
+    text = capture_inputs(vlm, encode(vlm, list(build_requests(samples, Condition.QUERY))))
+    corrupted = list(build_requests(samples, level.corruption, seed=level.seed))
     return text - capture_inputs(vlm, encode(vlm, corrupted))

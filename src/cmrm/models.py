@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from cmrm.compat import mend_torchvision
 from cmrm.conditions import Request
 from cmrm.errors import InputError, ModelError
+
+_NEEDS_AN_IMAGE = {"PaliGemmaProcessor"}
+"""Processors that refuse text alone: its tokenizer is used then, with the newline that ends a PaliGemma prompt."""
 
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_commit_hash", "_attn_implementation"}
 
@@ -41,6 +46,8 @@ class VLM:
     """Hub id or path that it was loaded from."""
     revision: str | None
     """Hub commit, where known."""
+    skippable: frozenset[int] = frozenset()
+    """Layers that run only where the prompt holds an image (Mllama's cross-attention layers)."""
 
     @property
     def n_layers(self) -> int:
@@ -49,9 +56,13 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the input embeddings."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return weight.device
+        """Where inputs go: the device of the input embeddings, or where they run when accelerate has offloaded them."""
+        embeddings = self.model.get_input_embeddings()
+        weight: torch.Tensor = embeddings.weight
+        if weight.device.type != "meta":
+            return weight.device
+        hook = getattr(embeddings, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
     def tokenizer(self) -> Any:
@@ -65,6 +76,7 @@ def load_vlm(
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> VLM:
     """Load a VLM from a local folder or a hub id through transformers' auto classes.
 
@@ -73,18 +85,25 @@ def load_vlm(
         revision: hub branch, tag or commit.
         dtype: as transformers takes it; "auto" is the checkpoint's own.
         device_map: as accelerate takes it; None loads on the CPU.
+        trust_remote_code: run Python code that the checkpoint brings; off unless you have read it.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, is no VLM, or has no decoder layers that can be found.
     """
+    mend_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(str(model), revision=revision)
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            str(model), revision=revision, dtype=dtype, device_map=device_map
-        )
-    except (OSError, ValueError) as error:
+        processor = AutoProcessor.from_pretrained(str(model), **source)
+        loaded = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype, device_map=device_map, **source)
+    except ImportError as error:
+        needed = " ".join(str(error).split())
+        raise ModelError(
+            f"cannot load {model}: its processor or model needs a library that is not there; "
+            f"pip install 'cmrm[families]' brings the common ones. {needed[:200]}"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot load a vision-language model from {model}: {lines[0]}") from error
     return wrap_vlm(loaded.eval(), processor, model_id=str(model), revision=revision)
@@ -116,14 +135,28 @@ def wrap_vlm(model: Any, processor: Any, *, model_id: str | None = None, revisio
         image_token_id=int(image_token_id),
         model_id=model_id or getattr(config, "_name_or_path", "") or type(model).__name__,
         revision=revision or getattr(config, "_commit_hash", None),
+        skippable=frozenset(k for k, block in enumerate(layers) if hasattr(block, "cross_attn")),
     )
 
 
+LAYER_OVERRIDES: dict[str, Callable[[Any], Sequence[nn.Module]]] = {}
+"""Model class name -> its decoder blocks, for classes whose structure misleads `find_decoder_layers`."""
+
+
+def register_layers(architecture: str, find: Callable[[Any], Sequence[nn.Module]]) -> None:
+    """Tell cmrm where the decoder blocks of a model class are: `find(model)` returns blocks 0..L-1 in order.
+
+    Needed only where `find_decoder_layers` refuses a model or `cmrm check` finds its layers wrong.
+    """
+    LAYER_OVERRIDES[architecture] = find
+
+
 def find_decoder_layers(model: Any) -> tuple[tuple[nn.Module, ...], int]:
-    """Decoder blocks of the language backbone, and the width of its residual stream.
+    """Decoder blocks of the language backbone, and the width of its residual stream; by structure, not by name.
 
     Looked for: an `nn.ModuleList` inside `model.get_decoder()` (or else the whole model) whose length is the text
-    config's `num_hidden_layers` and whose blocks hold self-attention.
+    config's `num_hidden_layers` and whose blocks hold attention, outside of vision and audio parts. A model class that
+    was given to `register_layers` is not searched.
 
     Raises:
         ModelError: none or several fit.
@@ -132,6 +165,9 @@ def find_decoder_layers(model: Any) -> tuple[tuple[nn.Module, ...], int]:
     count, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not count or not width:
         raise ModelError(f"{type(text).__name__} names no num_hidden_layers or hidden_size; no decoder can be found")
+    override = LAYER_OVERRIDES.get(type(model).__name__)
+    if override is not None:
+        return tuple(override(model)), int(width)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     root = decoder if isinstance(decoder, nn.Module) else model
     found = [
@@ -145,7 +181,8 @@ def find_decoder_layers(model: Any) -> tuple[tuple[nn.Module, ...], int]:
     if len(found) != 1:
         raise ModelError(
             f"looked for one list of {count} attention blocks in {type(root).__name__}, found "
-            f"{[name for name, _ in found] or 'none'}; cmrm needs the decoder layers of the language backbone"
+            f"{[name for name, _ in found] or 'none'}; cmrm needs the decoder layers of the language backbone: name them "
+            "with cmrm.models.register_layers"
         )
     return tuple(found[0][1]), int(width)
 
@@ -165,9 +202,9 @@ def config_hash(vlm: VLM) -> str:
 def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
     """Model inputs of a batch of single-turn prompts, LEFT-padded, on the model's device.
 
-    Each request passes through the model's own chat template with the generation prompt. Rows with and without an
-    image may be mixed. Returns at least `input_ids` and `attention_mask`, int64 [B, T]; `pixel_values` in the model's
-    dtype where any row has an image.
+    Each request passes through the model's own chat template with the generation prompt. Rows with and without images
+    may be mixed. Returns at least `input_ids` and `attention_mask`, int64 [B, T]; `pixel_values` in the model's dtype
+    where any row has an image; whatever else the model's forward takes.
 
     Raises:
         InputError: the batch is empty, or a prompt is longer than the model's context.
@@ -176,22 +213,29 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         raise InputError("no prompts were given")
     texts = []
     for request in requests:
-        content: list[dict[str, str]] = [{"type": "image"}] if request.image is not None else []
-        content.append({"type": "text", "text": request.text})
-        turn = [{"role": "user", "content": content}]
+        images: list[dict[str, str]] = [{"type": "image"}] * len(request.images)
+        said: list[dict[str, str]] = [{"type": "text", "text": request.text}]
+        turn = [{"role": "user", "content": said + images if request.image_last else images + said}]
         texts.append(vlm.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    images = [request.image for request in requests if request.image is not None]
+    nested = [list(request.images) for request in requests]
     tokenizer = vlm.tokenizer
     bos = tokenizer.bos_token
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        batch = vlm.processor(
-            text=texts,
-            images=images or None,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-        )
+        special = not (bos and texts[0].startswith(bos))
+        if not any(nested) and type(vlm.processor).__name__ in _NEEDS_AN_IMAGE:
+            batch = tokenizer(
+                [f"{text}\n" for text in texts], padding=True, return_tensors="pt", add_special_tokens=special,
+                return_token_type_ids=True,
+            )  # fmt: skip
+        else:
+            batch = vlm.processor(
+                text=texts,
+                images=nested if any(nested) else None,
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=special,
+            )
     finally:
         tokenizer.padding_side = side
     limit = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
@@ -203,5 +247,5 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
     return {
         key: value.to(vlm.device, dtype if value.is_floating_point() else None)
         for key, value in batch.items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and key != "labels"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmrm.errors import InputError
+
+
+Picture = Image.Image | Path | str | bytes
+"""A PIL image, the path of an image file, or such a file's content."""
 
 
 @dataclass(frozen=True)
@@ -20,29 +25,40 @@ class Sample:
     """Unique within its set; seeds the noise of the `noise` condition and decides the split."""
     query: str
     """The request as text."""
-    image: Image.Image | Path | str | None = None
-    """The image it is asked about: a PIL image, or the path of a file. None: the sample has only text conditions."""
+    image: Picture | tuple[Picture, ...] | None = None
+    """The image it is asked about, or a tuple of several. None: the sample has only text conditions."""
     caption: str | None = None
     """The image told in words, for the `caption` condition."""
     category: str | None = None
     """Harm category or topic, for stratified tables."""
     label: str | None = None
     """What the sample is: `harmful`, `benign`, or a set's own word."""
+    answer: str | None = None
+    """The reference answer, where the set has one."""
+    image_last: bool = False
+    """Put the image behind the query instead of before it."""
 
 
-def open_image(sample: Sample) -> Image.Image:
-    """The sample's image as RGB, upright according to its EXIF orientation.
+def open_images(sample: Sample) -> tuple[Image.Image, ...]:
+    """The sample's images as RGB, upright according to their EXIF orientation; at least one.
 
     Raises:
         InputError: the sample has no image, or the file is missing, broken or too large to be opened safely.
     """
     if sample.image is None:
         raise InputError(f"sample {sample.id!r} has no image; give it one, or use the text-only conditions")
-    if isinstance(sample.image, Image.Image):
-        return sample.image.convert("RGB")
-    path = Path(sample.image)
+    held = sample.image if isinstance(sample.image, tuple) else (sample.image,)
+    if not held:
+        raise InputError(f"sample {sample.id!r} has an empty tuple of images; give it one, or None")
+    return tuple(_open(sample, image) for image in held)
+
+
+def _open(sample: Sample, image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    path = "its image" if isinstance(image, bytes) else Path(image)
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else path) as opened:
             upright = ImageOps.exif_transpose(opened)
             return upright.convert("RGB")
     except FileNotFoundError:

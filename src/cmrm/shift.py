@@ -14,7 +14,7 @@ import torch
 
 from cmrm.artifact import Provenance, Recommended, ShiftVectors, library_versions
 from cmrm.capture import capture
-from cmrm.conditions import CORRUPTED, Condition, build_request
+from cmrm.conditions import CORRUPTED, Condition, build_requests
 from cmrm.errors import InputError
 from cmrm.models import VLM, config_hash
 from cmrm.samples import Sample, check_unique, set_hash
@@ -100,8 +100,8 @@ def anchor_differences(
     on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """h_t - h_c of each sample: float32 [N, L, d] on the CPU."""
-    text = [build_request(s, Condition.QUERY) for s in samples]
-    corrupted = [build_request(s, corruption, seed=seed) for s in samples]
+    text = build_requests(samples, Condition.QUERY)
+    corrupted = build_requests(samples, corruption, seed=seed)
     h_t = capture(vlm, text, batch_size=batch_size, on_batch=on_batch)
     h_c = capture(vlm, corrupted, batch_size=batch_size, on_batch=on_batch)
     return h_t - h_c

@@ -153,7 +153,7 @@ def steer(
     finally:
         for handle in handles:
             handle.remove()
-    silent = sorted(set(deltas) - fired)
+    silent = sorted(set(deltas) - fired - (vlm.skippable if fired else set()))
     if silent:
         raise SteeringError(f"steering never reached decoder layers {silent}: no forward pass of this model ran there")
 
@@ -195,6 +195,8 @@ class _Rows:
             )
         elif fresh or self.gate is None:
             gate = is_image.any(dim=1)
+        elif shape[1] == 1:  # a generated token, be it an image token's id, opens no gate
+            gate = self.gate.to(device)
         else:
             gate = self.gate.to(device) | is_image.any(dim=1)
         if gate.shape[0] != shape[0]:

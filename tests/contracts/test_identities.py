@@ -17,8 +17,8 @@ from cmrm.steering import layer_deltas
 from conftest import tiny_model
 
 IMAGE = Image.new("RGB", (16, 16), "red")
-WITH = Request("what is it", IMAGE)
-WITHOUT = Request("what is it then, tell me more", None)
+WITH = Request("what is it", (IMAGE,))
+WITHOUT = Request("what is it then, tell me more")
 
 
 def block_outputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ def test_last_layer_is_taken_before_the_final_norm(vlm: VLM) -> None:
 
 def test_padding_does_not_change_a_state(vlm: VLM) -> None:
     alone = capture_inputs(vlm, encode(vlm, [WITH]))[0]
-    padded = capture_inputs(vlm, encode(vlm, [WITH, WITHOUT, Request("x" * 80, IMAGE)]))[0]
+    padded = capture_inputs(vlm, encode(vlm, [WITH, WITHOUT, Request("x" * 80, (IMAGE,))]))[0]
     assert torch.allclose(alone, padded, atol=1e-4)
 
 
@@ -176,12 +176,12 @@ def test_generation_without_cache_is_refused_where_it_would_steer_otherwise(
 
 def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
     rows = torch.randn(2, vlm.n_layers, vlm.hidden_size)
-    inputs = encode(vlm, [WITH, Request("another one", IMAGE)])
+    inputs = encode(vlm, [WITH, Request("another one", (IMAGE,))])
     with steer(vlm, rows, Steering(positions="all")):
         both = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2)
     with steer(vlm, rows[1:], Steering(positions="all")):
         alone = vlm.model.generate(
-            **encode(vlm, [Request("another one", IMAGE)]), max_new_tokens=4, num_beams=2, do_sample=False
+            **encode(vlm, [Request("another one", (IMAGE,))]), max_new_tokens=4, num_beams=2, do_sample=False
         )
     assert torch.equal(both[1, -4:], alone[0, -4:])
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cmrm.cli.common import progress_bar, quiet
+
 app = typer.Typer(help="Measure, restore and show, on a VLM that is assembled offline.", invoke_without_command=True)
-
-
-def _quiet() -> None:
-    """No hub, no library chatter: the demo is offline, and its bars are its own."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 @app.callback()
@@ -39,14 +24,14 @@ def demo(
     from cmrm.demo.run import prepare_out
 
     prepare_out(out)
-    _quiet()
+    quiet(offline=True)
     from rich.console import Console
 
     from cmrm.demo.run import run_demo
     from cmrm.demo.settings import FULL, QUICK
 
     console = Console()
-    progress = _progress(console)
+    progress = progress_bar(console)
     with progress:
         task = progress.add_task("starting", total=None)
         results = run_demo(
@@ -58,19 +43,6 @@ def demo(
         )
     print_table(results, console)
     console.print(f"report: {out / 'report.html'}   results: {out / 'results.json'}", soft_wrap=True)
-
-
-def _progress(console: Any) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console)
 
 
 def print_table(results: dict[str, Any], console: Any) -> None:
@@ -97,7 +69,7 @@ def train(
     ] = Path("train"),
 ) -> None:
     """Train the demo VLM's weights anew: text-only alignment, vision tower, connector. Hours on a laptop; resumable."""
-    _quiet()
+    quiet(offline=True)
     from cmrm.demo.train import train_demo
 
     typer.echo(f"weights: {train_demo(work, emoji)}")
@@ -113,7 +85,7 @@ def tune(
     from cmrm.demo.run import prepare_out
 
     prepare_out(out)
-    _quiet()
+    quiet(offline=True)
     from rich.console import Console
 
     from cmrm.demo.tune import tune_demo
@@ -125,7 +97,7 @@ def tune(
 @app.command()
 def card() -> None:
     """Measure the demo VLM alone (all conditions, over-refusal, easy-VQA) and print the figures of its model card."""
-    _quiet()
+    quiet(offline=True)
     from cmrm.demo.card import print_card
 
     print_card()

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from cmrm import __version__
+from cmrm.cli.catalog import families, sets
+from cmrm.cli.check import check
 from cmrm.cli.demo import app as demo_app
+from cmrm.cli.diagnose import diagnose
+from cmrm.cli.extract import extract
+from cmrm.cli.generate import generate
+from cmrm.cli.inspect import inspect
 from cmrm.cli.judges import app as judges_app
 from cmrm.errors import CmrmError
 
@@ -20,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(demo_app, name="demo")
+for command in (diagnose, extract, generate, inspect, check, sets, families):
+    app.command()(command)
 app.add_typer(judges_app, name="judges")
 
 

@@ -1,1 +1,5 @@
 """The demo VLM: a real LLaVA on SmolLM2-135M-Instruct, assembled offline, and the loop that measures it."""
+
+from cmrm.compat import mend_torchvision
+
+mend_torchvision()

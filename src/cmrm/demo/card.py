@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from cmrm.conditions import Condition
+from cmrm.conditions import FIVE, Condition
 from cmrm.demo.assemble import load_demo_vlm
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense
@@ -23,7 +23,7 @@ def print_card() -> None:
     harmful, benign = prompt_samples("test", "harmful"), prompt_samples("test", "benign")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(vlm, Ledger(Path(scratch), {}), FULL)
-        for condition in Condition:
+        for condition in FIVE:
             rate = bench.unsafe(harmful, condition, untouched).to_json("unsafe_rate")
             typer.echo(json.dumps({"figure": f"unsafe/{condition.value}", **rate}))
         for condition in (Condition.QUERY, Condition.ORIGINAL):

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from cmrm.data import Prompt, load_prompts
 from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,

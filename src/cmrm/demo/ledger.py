@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 
 
 class Ledger:

@@ -6,18 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from sklearn.decomposition import PCA
-
 from cmrm.artifact import ShiftVectors
 from cmrm.capture import capture
-from cmrm.conditions import Condition, build_request
+from cmrm.conditions import FIVE, Condition, build_requests
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import ALPHAS, CORRUPTION, DATASET_STEERING, SAMPLE_STEERING, Budget
 from cmrm.evaluate.statistics import Rate, rate_of, verdict_rate
 from cmrm.generation import Generation, SampleLevel, generate
+from cmrm.geometry import distances, planes
 from cmrm.judges import KeywordJudge, Verdict
 from cmrm.models import VLM
 from cmrm.samples import Sample
@@ -140,41 +137,23 @@ class Bench:
             states = {
                 c.value: capture(
                     self.vlm,
-                    [build_request(s, c, seed=self.budget.seed) for s in samples],
+                    build_requests(samples, c, seed=self.budget.seed),
                     batch_size=self.budget.batch_size,
                     on_batch=self.tick,
                 )
-                for c in Condition
+                for c in FIVE
             }
-            return _geometry(states)
+            return distances(states) | {"pca": planes(states)}
 
         inputs = {"ids": [s.id for s in samples], "seed": self.budget.seed, "batch_size": self.budget.batch_size}
         before = self.ledger.resumed
         found: dict[str, Any] = self.ledger.run("geometry", inputs, compute)
         if self.ledger.resumed > before:
-            self.tick(len(samples) * len(Condition))
+            self.tick(len(samples) * len(FIVE))
         return found
 
     def _on_batch(self, done: list[Generation]) -> None:
         self.tick(len(done))
-
-
-def _geometry(states: dict[str, torch.Tensor]) -> dict[str, Any]:
-    text = states["query"]
-    n_layers = text.shape[1]
-    scale = text.norm(dim=-1)
-    distance = {c: ((s - text).norm(dim=-1) / scale).mean(0).tolist() for c, s in states.items()}
-    cosine = {c: torch.cosine_similarity(s, text, dim=-1).mean(0).tolist() for c, s in states.items()}
-    shown = sorted({round(k * (n_layers - 1) / 5) for k in range(6)})
-    planes: dict[str, Any] = {}
-    for layer in shown:
-        stacked = np.concatenate([s[:, layer].numpy() for s in states.values()])
-        fitted = PCA(n_components=2, svd_solver="full").fit(stacked)
-        planes[str(layer)] = {
-            "explained": [round(float(v), 4) for v in fitted.explained_variance_ratio_],
-            "points": {c: fitted.transform(s[:, layer].numpy()).round(3).tolist() for c, s in states.items()},
-        }
-    return {"relative_distance_to_query": distance, "cosine_to_query": cosine, "pca": planes}
 
 
 def work(budget: Budget) -> int:
@@ -185,4 +164,4 @@ def work(budget: Budget) -> int:
     drawn = len(prompt_samples("test", "harmful", per_category=budget.geometry_per_category))
     anchors = 2 * len(prompt_samples("anchor", "harmful"))
     vqa = len(vqa_samples("test", n=budget.vqa))
-    return anchors + harmful * 7 + benign * 4 + vqa * 3 + swept * len(ALPHAS) + drawn * len(Condition)
+    return anchors + harmful * 7 + benign * 4 + vqa * 3 + swept * len(ALPHAS) + drawn * len(FIVE)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from cmrm.artifact import Recommended, ShiftVectors, library_versions
-from cmrm.conditions import Condition
+from cmrm.conditions import FIVE, Condition
 from cmrm.demo.assemble import demo_checkpoint
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense, Tick, defenses, work
 from cmrm.demo.sets import prompt_samples, vqa_samples
@@ -90,7 +90,7 @@ def measure(bench: Bench, shift: ShiftVectors, *, say: Say) -> dict[str, Any]:
     rows = defenses(shift)
     untouched = rows["none"]
     conditions: dict[str, Rate] = {}
-    for condition in Condition:
+    for condition in FIVE:
         say(f"unsafe rate, {condition.value}")
         conditions[condition.value] = bench.unsafe(harmful, condition, untouched)
     unsafe: dict[str, Rate] = {}

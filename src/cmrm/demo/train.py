@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from cmrm.demo.align import align
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.demo.connect import connect
 from cmrm.demo.tower import train_tower
 

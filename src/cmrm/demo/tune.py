@@ -11,7 +11,7 @@ from typing import Any
 from cmrm.artifact import library_versions
 from cmrm.conditions import Condition
 from cmrm.demo.assemble import load_demo_vlm
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense
 from cmrm.demo.sets import prompt_samples, vqa_samples

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 from cmrm.report.plots import LABELS
 
 

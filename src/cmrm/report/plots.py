@@ -13,7 +13,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from cmrm.demo.assets import atomic_path
+from cmrm.files import atomic_path
 
 COLOURS = {
     "original": "#d1495b",

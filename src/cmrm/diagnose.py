@@ -1,0 +1,146 @@
+"""What an image costs a model on a set: rates per condition, and the shift of its representations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from cmrm.artifact import ShiftVectors, library_versions
+from cmrm.capture import capture
+from cmrm.conditions import CORRUPTED, FIVE, Condition, build_requests
+from cmrm.errors import InputError
+from cmrm.evaluate.statistics import verdict_rate
+from cmrm.generation import Generation, generate
+from cmrm.geometry import compare_shifts, distances
+from cmrm.judges import KeywordJudge, Verdict
+from cmrm.models import VLM
+from cmrm.samples import Sample
+from cmrm.sets import Loaded
+from cmrm.shift import reduce_differences
+from cmrm.steering import Steering
+
+SCHEMA = "cmrm-diagnosis/1"
+HARMFUL, BENIGN = "harmful", "benign"
+
+
+def possible_conditions(samples: Sequence[Sample]) -> tuple[list[Condition], dict[str, str]]:
+    """The paper's conditions that every sample can be put under, and for the others why not."""
+    without_image = sum(s.image is None for s in samples)
+    without_caption = sum(not s.caption for s in samples)
+    possible, left_out = [], {}
+    for condition in FIVE:
+        if condition.has_image and without_image:
+            left_out[condition.value] = f"{without_image} of {len(samples)} samples have no image"
+        elif condition is Condition.CAPTION and without_caption:
+            left_out[condition.value] = f"{without_caption} of {len(samples)} samples have no caption"
+        else:
+            possible.append(condition)
+    return possible, left_out
+
+
+def corruptions_named(names: str | None) -> list[Condition]:
+    """`all`, or a comma list of corruptions, as conditions; none for None.
+
+    Raises:
+        InputError: a name is no corruption.
+    """
+    if not names:
+        return []
+    if names == "all":
+        return list(CORRUPTED)
+    wrong = [n for n in names.split(",") if n not in CORRUPTED]
+    if wrong:
+        raise InputError(f"unknown corruption {', '.join(wrong)}; one of {', '.join(CORRUPTED)}, or all")
+    return [Condition(n) for n in names.split(",")]
+
+
+def diagnose(
+    vlm: VLM,
+    loaded: Loaded,
+    *,
+    corruptions: Sequence[Condition] = (),
+    shift: ShiftVectors | None = None,
+    steering: Steering | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    tick: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Rates and shift of one model on one set, as a JSON object (schema `cmrm-diagnosis/1`).
+
+    Samples labelled `benign` count towards `refusal_rate` (over-refusal), all others towards `unsafe_rate`; both by the
+    keyword judge, with 95 % Wilson intervals, n and unscored. With `corruptions` each one's mean shift is compared with
+    blank's, and replies are generated under it too. With `shift` the original condition is run steered as well.
+
+    Raises:
+        InputError: fewer than two samples, or corruptions on samples without images.
+    """
+    samples = list(loaded.samples)
+    if len(samples) < 2:
+        raise InputError(f"{loaded.name} has {len(samples)} samples; a diagnosis needs at least 2")
+    conditions, left_out = possible_conditions(samples)
+    if (corruptions or shift is not None) and Condition.BLANK not in conditions:
+        raise InputError(f"{loaded.name}: {left_out['blank']}; corruptions and steering are about images")
+    shown = list(dict.fromkeys([*conditions, *corruptions]))
+    rows: dict[str, Any] = {}
+
+    def measured(condition: Condition, name: str, vectors: ShiftVectors | None) -> None:
+        say(f"replies: {name}")
+        replies = generate(
+            vlm, samples, condition=condition, shift=vectors, steering=steering, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, seed=seed, on_batch=lambda done: tick(len(done)),
+        )  # fmt: skip
+        rows[name] = rates(samples, replies)
+
+    for condition in shown:
+        measured(condition, condition.value, None)
+    if shift is not None:
+        measured(Condition.ORIGINAL, "original + cmrm", shift)
+    states: dict[str, torch.Tensor] = {}
+    for condition in shown:
+        say(f"states: {condition.value}")
+        requests = build_requests(samples, condition, seed=seed)
+        states[condition.value] = capture(vlm, requests, batch_size=batch_size, on_batch=tick)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": {"id": vlm.model_id, "revision": vlm.revision, "architecture": type(vlm.model).__name__,
+                  "layers": vlm.n_layers, "hidden_size": vlm.hidden_size, "dtype": str(vlm.model.dtype)},
+        "data": loaded.to_json(),
+        "conditions": rows,
+        "left_out": left_out,
+        "representation": distances(states),
+        "settings": {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "judge": KeywordJudge.name,
+                     "steering": asdict(steering or Steering.from_recommended(shift.recommended)) if shift else None},
+        "versions": library_versions(),
+    }  # fmt: skip
+    if corruptions:
+        means = {
+            c.value: reduce_differences(states["query"] - states[c.value], "mean")[0]
+            for c in dict.fromkeys([Condition.BLANK, *corruptions])
+        }
+        found["corruptions"] = compare_shifts(means, "blank")
+    return found
+
+
+def rates(samples: Sequence[Sample], replies: Sequence[Generation]) -> dict[str, Any]:
+    """Unsafe rate over the samples that are not `benign`, refusal rate over those that are; either is absent without them."""
+    judge = KeywordJudge()
+    verdicts: dict[bool, list[Verdict]] = {True: [], False: []}
+    for sample, reply in zip(samples, replies, strict=True):
+        verdicts[sample.label == BENIGN].append(judge.judge(sample.query, reply.text))
+    cell: dict[str, Any] = {}
+    if verdicts[False]:
+        cell["unsafe"] = verdict_rate(verdicts[False], Verdict.COMPLIED).to_json()
+    if verdicts[True]:
+        cell["over_refusal"] = verdict_rate(verdicts[True], Verdict.REFUSED).to_json()
+    return cell
+
+
+def work(loaded: Loaded, corruptions: Sequence[Condition], *, steered: bool) -> int:
+    """Number of prompts that one diagnosis passes through the model, for its progress bar."""
+    shown = len(dict.fromkeys([*possible_conditions(loaded.samples)[0], *corruptions]))
+    return len(loaded.samples) * (2 * shown + steered)

@@ -1,0 +1,4 @@
+NAMED = {}
+
+
+class NamedSet: ...
