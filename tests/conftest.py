@@ -11,7 +11,6 @@ from cmrm.compat import mend_torchvision
 mend_torchvision()
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
 

@@ -18,11 +18,11 @@ from PIL import Image
 from cmrm import KeywordJudge, Sample, Verdict
 from cmrm.conditions import FIVE, Condition, build_request
 from cmrm.data import load_prompts
-from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import agreement, rate_of, verdict_rate
+from cmrm.files import atomic_path
 from cmrm.models import VLM, encode
 from cmrm.samples import open_images, split_by_hash
 

@@ -190,7 +190,7 @@ def _alpha_zero(vlm: VLM) -> str:
     inputs, vectors = encode(vlm, [_with_image(), _PLAIN]), _vectors(vlm)
     plain = _logits(vlm, inputs)
     for schedule in ("telescoped", "per_layer"):
-        with steer(vlm, vectors, Steering(0.0, schedule, "all")):  # type: ignore[arg-type]
+        with steer(vlm, vectors, Steering(0.0, schedule, "all")):
             assert torch.equal(_logits(vlm, inputs), plain), f"logits change under {schedule}"
     return "bit-equal logits"
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from cmrm.artifact import ShiftVectors
-from cmrm.capture import capture_inputs
 from cmrm.batching import in_batches
+from cmrm.capture import capture_inputs
 from cmrm.conditions import Condition, Request, build_request, build_requests, choose_donors
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode

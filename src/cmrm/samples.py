@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmrm.errors import InputError
 
-
 Picture = Image.Image | Path | str | bytes
 """A PIL image, the path of an image file, or such a file's content."""
 

@@ -154,7 +154,7 @@ class _Stranger(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(lists))
 
-    class config:  # noqa: N801
+    class config:
         num_hidden_layers = 3
         hidden_size = 2
 

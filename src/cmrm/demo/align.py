@@ -14,10 +14,10 @@ from rich.progress import track
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cmrm.data import Part, train_texts
-from cmrm.files import atomic_path
 from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
 from cmrm.demo.corpus import REFUSALS, generic_instructions
 from cmrm.demo.training import Stage, batches, head_ids, train, turn_ids
+from cmrm.files import atomic_path
 
 ANSWER_TOKENS = 32
 

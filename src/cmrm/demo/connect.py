@@ -14,7 +14,6 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from cmrm.data import Prompt, load_prompts
 from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
-from cmrm.files import atomic_path
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
@@ -28,6 +27,7 @@ from cmrm.demo.corpus import (
 )
 from cmrm.demo.tower import load_tower, pixels
 from cmrm.demo.training import Stage, head_ids, train, turn_ids
+from cmrm.files import atomic_path
 from cmrm.judges import KeywordJudge, Verdict
 
 ROWS = 8

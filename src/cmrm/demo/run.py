@@ -14,13 +14,13 @@ import torch
 from cmrm.artifact import Recommended, ShiftVectors, library_versions
 from cmrm.conditions import FIVE, Condition
 from cmrm.demo.assemble import demo_checkpoint
-from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense, Tick, defenses, work
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import CORRUPTION, DATASET_STEERING, ESTIMATOR, SAMPLE_STEERING, Budget
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.statistics import Rate
+from cmrm.files import atomic_path
 from cmrm.judges import KeywordJudge
 from cmrm.models import VLM, load_vlm
 from cmrm.samples import Sample

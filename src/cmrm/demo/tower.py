@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel
 
-from cmrm.files import atomic_path
 from cmrm.demo.backbone import IMAGE_SIZE, build_processor, load_tokenizer, vision_config
 from cmrm.demo.corpus import CaptionedImage, load_emoji, load_vqa_images
 from cmrm.demo.training import Stage, train
+from cmrm.files import atomic_path
 
 BATCH = 32
 

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from cmrm.demo.align import align
-from cmrm.files import atomic_path
 from cmrm.demo.connect import connect
 from cmrm.demo.tower import train_tower
+from cmrm.files import atomic_path
 
 
 def train_demo(work: Path, emoji: Path) -> Path:

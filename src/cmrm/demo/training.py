@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cmrm.files import atomic_path
 from cmrm.demo.backbone import IMAGE_TOKEN, IMAGE_TOKENS
+from cmrm.files import atomic_path
 
 SEED = 20241112
 TOWER_SHARE = 0.2

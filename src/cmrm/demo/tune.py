@@ -11,11 +11,11 @@ from typing import Any
 from cmrm.artifact import library_versions
 from cmrm.conditions import Condition
 from cmrm.demo.assemble import load_demo_vlm
-from cmrm.files import atomic_path
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import CORRUPTION, QUICK
+from cmrm.files import atomic_path
 from cmrm.generation import SampleLevel
 from cmrm.shift import Estimator, estimate_shift
 from cmrm.steering import Steering

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -218,11 +218,6 @@ def usable_samples(
             f"{name}: {len(skipped)} of {len(samples)} samples cannot be used; the first: {skipped[0].reason}; {how}"
         )
     return usable, skipped
-
-
-def with_label(samples: Sequence[Sample], label: str) -> list[Sample]:
-    """The samples under one label."""
-    return [replace(s, label=label) for s in samples]
 
 
 def _text(value: Any) -> str | None:
