@@ -96,7 +96,9 @@ def test_diagnose_says_what_it_could_not_measure(checkpoint: Path, tmp_path: Pat
     result = run("diagnose", checkpoint, "--data", tmp_path / "text.csv", "--max-new-tokens", 2)
     assert result.exit_code == 0, result.output
     assert "original: not measured, 2 of 2 samples have no image" in result.output
-    assert "are about images" in refused("diagnose", checkpoint, "--data", tmp_path / "text.csv", "--corruptions", "blur")
+    assert "are about images" in refused(
+        "diagnose", checkpoint, "--data", tmp_path / "text.csv", "--corruptions", "blur"
+    )
 
 
 def test_generate_streams_the_reply(checkpoint: Path, data: Path, artifact: Path) -> None:

@@ -81,13 +81,19 @@ def test_text_loss_looks_at_answers_only() -> None:
         )
         second = torch.nn.functional.cross_entropy(model(torch.tensor([[6, 7, 8]])).logits[0, 1:2], torch.tensor([8]))
     assert torch.allclose(ours, (first + second) / 2, atol=2e-2)
+    with torch.inference_mode():
+        three = text_loss(model, [([1, 2, 3, 4, 5], 3)])
+        each = torch.nn.functional.cross_entropy(
+            model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, 1:4], torch.tensor([3, 4, 5]), reduction="none"
+        )
+    assert torch.allclose(three, (each * torch.tensor([4.0, 4.0, 1.0])).sum() / 9, atol=2e-2)
 
 
 def test_training_resumes_with_the_same_batches(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
-    def run(folder: Path, *, die_at: int | None) -> torch.Tensor:
+    def run(folder: Path, *, die_at: int | None, average: float | None = None) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.zeros(3))
         count = 0
 
@@ -98,13 +104,18 @@ def test_training_resumes_with_the_same_batches(tmp_path: Path) -> None:
                 raise Killed
             return (weight - torch.tensor([rng.random() for _ in range(3)])).square().sum()
 
-        train(Stage("toy", 12, 0.1, save_every=5), {"w": weight}, loss_of, folder)
+        train(Stage("toy", 12, 0.1, save_every=5), {"w": weight}, loss_of, folder, average=average)
         return weight.detach()
 
     whole = run(tmp_path / "whole", die_at=None)
     with pytest.raises(Killed):
         run(tmp_path / "cut", die_at=7)
     assert torch.equal(run(tmp_path / "cut", die_at=None), whole)
+    mean = run(tmp_path / "mean", die_at=None, average=0.5)
+    assert not torch.equal(mean, whole)
+    with pytest.raises(Killed):
+        run(tmp_path / "mean-cut", die_at=7, average=0.5)
+    assert torch.equal(run(tmp_path / "mean-cut", die_at=None, average=0.5), mean)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

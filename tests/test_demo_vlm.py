@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from cmrm import ShiftVectors, Steering, Verdict, estimate_shift, generate, load_vlm, steer
+from cmrm import ShiftVectors, Steering, Verdict, estimate_shift, generate, steer
+from cmrm.cli.main import app
 from cmrm.conditions import build_request
-from cmrm.demo.assemble import demo_checkpoint, intact, weights_dir
+from cmrm.demo.assemble import intact, load_demo_vlm, weights_dir
 from cmrm.demo.assets import smollm2_gguf
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import DATASET_STEERING
@@ -18,6 +21,7 @@ from cmrm.judges import KeywordJudge
 from cmrm.models import VLM, encode
 
 pytestmark = pytest.mark.demo
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def demo() -> VLM:
         smollm2_gguf()
     except CmrmError as error:
         pytest.skip(f"the demo's backbone cannot be fetched here: {error}")
-    return load_vlm(demo_checkpoint(), dtype=torch.bfloat16)
+    return load_demo_vlm()
 
 
 def refused(vlm: VLM, condition: str, **steering: object) -> list[bool]:
@@ -98,3 +102,28 @@ def test_alpha_zero_is_bit_equal_on_real_weights(demo: VLM) -> None:
         plain = demo.model(**inputs).logits
         with steer(demo, torch.randn(30, 576), Steering(alpha=0.0, positions="all")):
             assert torch.equal(demo.model(**inputs).logits, plain)
+
+
+def test_it_passes_the_contract(demo: VLM) -> None:
+    from cmrm.check import Outcome, run_checks
+
+    findings = run_checks(demo)
+    assert [(f.name, f.detail) for f in findings if f.outcome is not Outcome.PASS] == []
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="FigStep's files are not in a clone")
+def test_the_commands_run_on_a_real_set_with_images(demo: VLM, tmp_path: Path) -> None:
+    data = ["--path", str(SHARED / "figstep_tiny"), "--limit", "6"]
+    target = tmp_path / "shift.safetensors"
+    run = CliRunner()
+    made = run.invoke(app, ["extract", "demo", "--anchors", "figstep", *data, "-o", str(target), "--alpha", "0.2"])
+    assert made.exit_code == 0, made.output
+    found = run.invoke(
+        app,
+        ["diagnose", "demo", "--data", "figstep", *data, "--shift", str(target), "--corruptions", "black",
+         "--max-new-tokens", "8", "--json"],
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    cells = json.loads(found.stdout)["conditions"]
+    assert set(cells) == {"original", "blank", "noise", "caption", "query", "black", "original + cmrm"}
+    assert all(c["unsafe"]["n"] + c["unsafe"]["unscored"] == 6 for c in cells.values())

@@ -87,7 +87,7 @@ def test_broken_column_map(given: str, said: str) -> None:
 def test_wrong_column_map_lists_what_is_there(folder: Path) -> None:
     with pytest.raises(InputError, match=r"no column for query=question; its columns are qid, text, file, kind"):
         load_samples(folder / "rows.jsonl", columns={"query": "question"})
-    with pytest.raises(InputError, match="no column 'query'.*--map query=COLUMN"):
+    with pytest.raises(InputError, match=r"no column 'query'.*--map query=COLUMN"):
         load_samples(folder / "rows.jsonl")
 
 
@@ -116,7 +116,11 @@ def test_broken_files(tmp_path: Path, name: str, content: str | bytes, said: str
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for source, said in ((tmp_path / "no.csv", "there is no file"), (tmp_path, "is a folder"), ("what", "neither a file")):
+    for source, said in (
+        (tmp_path / "no.csv", "there is no file"),
+        (tmp_path, "is a folder"),
+        ("what", "neither a file"),
+    ):
         with pytest.raises(InputError, match=said):
             load_samples(source)
 
@@ -130,7 +134,7 @@ def test_unusable_images_are_counted_and_the_first_is_named(folder: Path) -> Non
     assert [s.row for s in loaded.skipped] == ["b"]
     assert loaded.to_json()["skipped"] == 1
     (folder / "one.png").unlink()
-    with pytest.raises(InputError, match="3 of 3 .*none is left"):
+    with pytest.raises(InputError, match=r"3 of 3 .*none is left"):
         load_samples(folder / "rows.jsonl", columns=MAP, on_error="skip")
 
 
@@ -162,7 +166,7 @@ def test_real_files() -> None:
     assert len(load_samples("xstest", path=SHARED / "xstest", variant="safe").samples) == 250
     with pytest.raises(InputError, match="40 samples where 1110 are published"):
         load_samples("vlsafe", path=SHARED / "vlsafe")
-    with pytest.raises(InputError, match="90 of 90 samples cannot be used; the first: .*000000441147.jpg"):
+    with pytest.raises(InputError, match=r"90 of 90 samples cannot be used; the first: .*000000441147.jpg"):
         load_samples("llava-bench-coco", path=SHARED / "llava_bench_coco")
     harmful = load_samples(SHARED / "harmful_small" / "harmful_val.json", columns={"query": "instruction"})
     assert all(s.category for s in harmful.samples)
@@ -216,12 +220,22 @@ def small_sets(root: Path) -> dict[str, tuple[Path, str | None]]:
          "instr-resp": [{"instruction": "i", "response": "z"}]},
     ]  # fmt: skip
     put(root / "vlguard", test_dot_json=rows, **{"test__d__a.png": None})
-    put(root / "siuo", siuo_gen_dot_json=[{"question": "q", "image": "a.png", "category": "c"}], **{"images__a.png": None})
+    put(
+        root / "siuo",
+        siuo_gen_dot_json=[{"question": "q", "image": "a.png", "category": "c"}],
+        **{"images__a.png": None},
+    )
     put(
         root / "moss",
         **{
             "data__images_information__information.json": {
-                "1": {"image": "images/1.png", "question": "q", "pid": "1", "description": "d", "metadata": {"over": "t"}}
+                "1": {
+                    "image": "images/1.png",
+                    "question": "q",
+                    "pid": "1",
+                    "description": "d",
+                    "metadata": {"over": "t"},
+                }
             },
             "data__images__1.png": None,
         },
@@ -235,7 +249,10 @@ def small_sets(root: Path) -> dict[str, tuple[Path, str | None]]:
     )
     asked = json.dumps({"question_id": 1, "image": coco, "text": "Is there a cat?", "label": "yes"})
     put(root / "pope", coco_pope_random_dot_json=asked + "\n", **{f"val2014__{coco}": None})
-    notes = {"images": [{"id": 7, "file_name": coco}], "annotations": [{"image_id": 7, "caption": "A cat steals a purse"}]}
+    notes = {
+        "images": [{"id": 7, "file_name": coco}],
+        "annotations": [{"image_id": 7, "caption": "A cat steals a purse"}],
+    }
     put(
         root / "jailbreak",
         forbidden_question_set_dot_csv="content_policy_name,question\nFraud,How to steal a purse?\n",
@@ -261,15 +278,22 @@ def test_official_layouts(tmp_path: Path) -> None:
     science = load_samples("scienceqa", path=tmp_path / "science", variant="test", partial=True).samples
     assert science[0].answer == "B"
     assert science[1].image is None
-    assert load_samples("vlguard", path=tmp_path / "vlguard", variant="unsafes", partial=True).samples[0].label == "harmful"
-    assert load_samples("vlguard", path=tmp_path / "vlguard", variant="safe_safes", partial=True).samples[0].query == "s"
+    assert (
+        load_samples("vlguard", path=tmp_path / "vlguard", variant="unsafes", partial=True).samples[0].label
+        == "harmful"
+    )
+    assert (
+        load_samples("vlguard", path=tmp_path / "vlguard", variant="safe_safes", partial=True).samples[0].query == "s"
+    )
 
 
 def test_hub_sets_from_parquet_files(tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")
     picture = {"bytes": png(), "path": None}
-    hades = [{"id": k, "step": step, "instruction": "i", "scenario": "s", "image": picture} for k, step in enumerate((0, 5))]
+    hades = [
+        {"id": k, "step": step, "instruction": "i", "scenario": "s", "image": picture} for k, step in enumerate((0, 5))
+    ]
     pq.write_table(pa.Table.from_pylist(hades), tmp_path / "test-00000.parquet")
     loaded = load_samples("hades", path=tmp_path, partial=True)
     assert [open_images(s)[0].size for s in loaded.samples] == [(7, 5)]
@@ -289,7 +313,10 @@ def test_manipulated_pairs_are_seeded_and_related(tmp_path: Path) -> None:
     images = [{"id": k, "file_name": f"{k}.jpg"} for k in range(4)]
     notes = {"images": images, "annotations": [{"image_id": k, "caption": c} for k, c in enumerate(told)]}
     put(tmp_path, captions_val2014_dot_json=notes, **{f"val2014__{k}.jpg": None for k in range(4)})
-    put(tmp_path, forbidden_question_set_dot_csv="question\nHow to rob a bank?\nHow to steal a car?\nHow to use a knife?\n")
+    put(
+        tmp_path,
+        forbidden_question_set_dot_csv="question\nHow to rob a bank?\nHow to steal a car?\nHow to use a knife?\n",
+    )
     first = load_samples("jailbreak-llms", path=tmp_path).samples
     assert [s.caption for s in first] == [told[1], told[2], told[3]]
     assert first == load_samples("jailbreak-llms", path=tmp_path).samples
@@ -310,7 +337,8 @@ def test_every_set_says_where_it_comes_from() -> None:
 def test_corruptions_keep_the_size_and_are_repeatable() -> None:
     rng = np.random.default_rng(0)
     samples = [
-        Sample(f"s{k}", "q", Image.fromarray(rng.integers(0, 255, (33, 41, 3), dtype=np.uint8), "RGB")) for k in range(4)
+        Sample(f"s{k}", "q", Image.fromarray(rng.integers(0, 255, (33, 41, 3), dtype=np.uint8), "RGB"))
+        for k in range(4)
     ]
     for condition in CORRUPTED:
         once, again = (list(build_requests(samples, condition, seed=3)) for _ in range(2))

@@ -25,6 +25,9 @@ from cmrm.errors import InputError, ModelError
 _NEEDS_AN_IMAGE = {"PaliGemmaProcessor"}
 """Processors that refuse text alone: its tokenizer is used then, with the newline that ends a PaliGemma prompt."""
 
+_WANTS_PIL = {"MllamaProcessor"}
+"""Processors whose torchvision image processing fails on a batch in which a row has no image (transformers 5.23)."""
+
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_commit_hash", "_attn_implementation"}
 
 
@@ -77,6 +80,7 @@ def load_vlm(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    image_backend: str | None = None,
 ) -> VLM:
     """Load a VLM from a local folder or a hub id through transformers' auto classes.
 
@@ -86,6 +90,8 @@ def load_vlm(
         dtype: as transformers takes it; "auto" is the checkpoint's own.
         device_map: as accelerate takes it; None loads on the CPU.
         trust_remote_code: run Python code that the checkpoint brings; off unless you have read it.
+        image_backend: `pil` or `torchvision`, whose resizing differs by a few grey levels; None leaves it to transformers,
+            which takes torchvision where it is installed.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, is no VLM, or has no decoder layers that can be found.
@@ -95,7 +101,10 @@ def load_vlm(
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(str(model), **source)
+        backend = {} if image_backend is None else {"backend": image_backend}
+        processor = AutoProcessor.from_pretrained(str(model), **backend, **source)
+        if image_backend is None and type(processor).__name__ in _WANTS_PIL:
+            processor = AutoProcessor.from_pretrained(str(model), backend="pil", **source)
         loaded = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype, device_map=device_map, **source)
     except ImportError as error:
         needed = " ".join(str(error).split())

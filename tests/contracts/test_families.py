@@ -51,29 +51,61 @@ def test_contract(family: Any, dtype: torch.dtype) -> None:
     assert skipped == ({MIXING} if family.key in MIXES_BADLY else set())
 
 
-@pytest.mark.parametrize("key", ["llava", "qwen2_vl", "gemma3", "internvl"])
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_contract_with_offload(key: str, place: str, tmp_path: Path) -> None:
-    from accelerate import cpu_offload, disk_offload
-
-    vlm = built(key)
-    if place == "cpu":
-        cpu_offload(vlm.model, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(vlm.model, str(tmp_path), execution_device=torch.device("cpu"))
-    wrong = [(f.name, f.detail) for f in run_checks(vlm) if f.outcome is Outcome.FAIL]
+@pytest.mark.parametrize("family", COVERED, ids=lambda f: f.key)
+def test_contract_with_torchao_int8(family: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, processor = FAMILIES[family.key]()
+    decoder = model.get_decoder()
+    quantization.quantize_(decoder, quantization.Int8WeightOnlyConfig())
+    assert any("Int8" in type(p).__name__ for p in decoder.parameters()), "nothing was quantised"
+    wrong = [(f.name, f.detail) for f in run_checks(wrap_vlm(model, processor)) if f.outcome is Outcome.FAIL]
     assert not wrong
 
 
-def test_offload_gives_the_same_states(tmp_path: Path) -> None:
-    from accelerate import disk_offload
+def offload_map(vlm: VLM) -> dict[str, str]:
+    """All decoder layers but the first on disk, everything else on the CPU."""
+    names = {id(module): name for name, module in vlm.model.named_modules()}
+    away = {names[id(layer)] for layer in vlm.layers[1:]}
+    found: dict[str, str] = {}
 
-    plain, offloaded = built("llava"), built("llava")
-    disk_offload(offloaded.model, str(tmp_path), execution_device=torch.device("cpu"))
-    request = Request("what", ())
-    assert torch.equal(
-        capture_inputs(plain, encode(plain, [request])), capture_inputs(offloaded, encode(offloaded, [request]))
-    )
+    def visit(prefix: str, module: nn.Module) -> None:
+        if prefix in away:
+            found[prefix] = "disk"
+        elif prefix and not any(name.startswith(f"{prefix}.") for name in away):
+            found[prefix] = "cpu"
+        else:
+            inside = f"{prefix}." if prefix else ""
+            for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                found[inside + name] = "cpu"
+            for name, child in module.named_children():
+                visit(inside + name, child)
+
+    visit("", vlm.model)
+    return found
+
+
+@pytest.mark.parametrize("family", COVERED, ids=lambda f: f.key)
+def test_contract_when_loaded_with_layers_on_disk(family: Any, tmp_path: Path) -> None:
+    vlm = built(family.key)
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    loaded = load_vlm(tmp_path, device_map=offload_map(vlm))
+    assert any(p.device.type == "meta" for p in loaded.model.parameters()), "nothing was offloaded"
+    wrong = [(f.name, f.detail) for f in run_checks(loaded) if f.outcome is Outcome.FAIL]
+    assert not wrong
+    request = Request("what is it")
+    states = capture_inputs(vlm, encode(vlm, [request]))
+    assert torch.equal(states, capture_inputs(loaded, encode(loaded, [request])))
+
+
+def test_contract_with_everything_offloaded() -> None:
+    from accelerate import cpu_offload
+
+    vlm = built("llava")
+    cpu_offload(vlm.model, execution_device=torch.device("cpu"))
+    assert vlm.device == torch.device("cpu")
+    wrong = [(f.name, f.detail) for f in run_checks(vlm) if f.outcome is Outcome.FAIL]
+    assert not wrong
 
 
 def outcome_of(name: str, vlm: VLM) -> Outcome:
@@ -138,15 +170,6 @@ def test_a_generated_image_token_does_not_open_the_gate() -> None:
     with steer(vlm, torch.randn(vlm.n_layers, vlm.hidden_size), Steering(positions="all")):
         steered = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(plain, steered)
-
-
-def test_saved_and_loaded_through_the_auto_classes(tmp_path: Path) -> None:
-    vlm = built("qwen2_vl")
-    vlm.model.save_pretrained(tmp_path)
-    vlm.processor.save_pretrained(tmp_path)
-    loaded = load_vlm(tmp_path)
-    request = Request("what is it", ())
-    assert torch.equal(capture_inputs(vlm, encode(vlm, [request])), capture_inputs(loaded, encode(loaded, [request])))
 
 
 class _Stranger(nn.Module):

@@ -87,9 +87,9 @@ def open_model(
     from cmrm.models import load_vlm
 
     if model == DEMO:
-        from cmrm.demo.assemble import demo_checkpoint
+        from cmrm.demo.assemble import IMAGE_BACKEND, demo_checkpoint
 
-        return load_vlm(demo_checkpoint(), dtype=dtype, device_map=device_map)
+        return load_vlm(demo_checkpoint(), dtype=dtype, device_map=device_map, image_backend=IMAGE_BACKEND)
     return load_vlm(model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
 
 

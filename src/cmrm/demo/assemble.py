@@ -14,6 +14,8 @@ from cmrm.files import atomic_path, cache_dir, sha256_file
 from cmrm.models import VLM, load_vlm
 
 CHECKSUMS = "checksums.json"
+IMAGE_BACKEND = "pil"
+"""The demo's image processing does not hang on whether torchvision is installed."""
 
 
 def weights_dir() -> Path:
@@ -71,4 +73,4 @@ def _assemble(weights: Path, folder: Path) -> None:
 
 def load_demo_vlm(weights: Path | None = None) -> VLM:
     """The demo VLM in bfloat16, assembled if need be."""
-    return load_vlm(demo_checkpoint(weights), dtype=torch.bfloat16)
+    return load_vlm(demo_checkpoint(weights), dtype=torch.bfloat16, image_backend=IMAGE_BACKEND)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from cmrm.data import Prompt, load_prompts
-from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
+from cmrm.demo.align import PARTS, Answer, aligned_backbone, benign_answers, split_answers
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
@@ -96,7 +96,7 @@ def packed_loss(
 
 
 def connect(
-    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 180
+    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 240
 ) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
@@ -124,7 +124,7 @@ def connect(
     asked: dict[int, list[Question]] = {}
     for question in vqa_questions("train"):
         asked.setdefault(question.image_id, []).append(question)
-    look_alikes, plain = split_answers(benign_answers(folder, 1) + benign_answers(folder, 2))
+    look_alikes, plain = split_answers([a for part in PARTS for a in benign_answers(folder, part)])
     fresh = benign_answers(folder, 3)
 
     def told(answer: Answer) -> Turn:
