@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 import cmrm.cli.main as main_module
@@ -14,6 +16,7 @@ from cmrm import ShiftVectors
 from cmrm.cli.common import parse_layers, sparkline
 from cmrm.errors import CmrmError, InputError
 from conftest import tiny_model, tiny_processor
+from families import byte_tokenizer, text_settings
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,7 @@ def test_sets_and_families() -> None:
         (["--limit", "0"], "limit"),
         (["--on-error", "maybe"], "on_error"),
         (["--map", "query=nope"], "no column for query=nope"),
+        (["--split", "train"], "neither splits nor configurations"),
         (["--dtype", "int3"], "dtype"),
         (["--batch-size", "0"], "batch_size"),
     ],
@@ -174,6 +178,17 @@ def test_generate_refuses(checkpoint: Path, artifact: Path, tmp_path: Path) -> N
     assert "go with --shift" in refused("generate", checkpoint, "q", "--alpha", 1)
     assert "no shift artifact" in refused("generate", checkpoint, "q", "--shift", tmp_path / "none")
     assert "cannot load" in refused("generate", tmp_path / "nothing", "q")
+    assert "prompt is empty" in refused("generate", checkpoint, " ")
+    if not torch.cuda.is_available():
+        assert "cannot load" in refused("generate", checkpoint, "q", "--device-map", "cuda")
+
+
+def test_a_text_only_model_is_told_apart(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**text_settings())).save_pretrained(tmp_path)
+    byte_tokenizer(image_token="<image>").save_pretrained(tmp_path)
+    message = refused("check", tmp_path)
+    assert "text-only" in message
+    assert "\n" not in message
 
 
 def test_unwritable_output(checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -189,3 +204,19 @@ def test_layers_and_sparkline() -> None:
         parse_layers("2-1")
     assert sparkline([0.0, 1.0, 8.0]) == "▁▂█"
     assert sparkline([]) == ""
+
+
+def test_the_readme_names_every_family_and_every_set() -> None:
+    from cmrm.families import FAMILIES, NOT_COVERED
+    from cmrm.sets import NAMED
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(FAMILIES)} architectures" in text.replace("\n", " ")
+    for family in FAMILIES:
+        assert f"| {family.name} | `{family.architecture}` | {family.note} |" in text
+    assert all(name in text for name, _ in NOT_COVERED)
+    words = text.lower().replace("\n", " ")
+    titles = {"vlsafe", "figstep", "mm-safetybench", "mm-harmfulbench", "hades", "jailbreakv", "vlguard", "siuo", "msts",
+              "xstest", "mossbench", "llava-bench-coco", "scienceqa", "pope", "easy-vqa"}  # fmt: skip
+    assert titles <= set(NAMED)
+    assert all(title in words for title in titles)

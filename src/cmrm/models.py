@@ -112,8 +112,10 @@ def load_vlm(
             f"cannot load {model}: its processor or model needs a library that is not there; "
             f"pip install 'cmrm[families]' brings the common ones. {needed[:200]}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if lines[0].startswith("Unrecognized configuration class"):
+            lines = ["transformers knows its architecture as no vision-language model; is it a text-only one?"]
         raise ModelError(f"cannot load a vision-language model from {model}: {lines[0]}") from error
     return wrap_vlm(loaded.eval(), processor, model_id=str(model), revision=revision)
 

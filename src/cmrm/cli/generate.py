@@ -35,6 +35,8 @@ def generate(
     from cmrm.samples import Sample, open_images
     from cmrm.steering import Steering
 
+    if not prompt.strip() and not image:
+        raise InputError("the prompt is empty, and there is no image either")
     if shift is not None and sample_level:
         raise InputError("--shift is the dataset level, --sample-level the other one; choose one")
     if shift is None and not sample_level and any(v is not None for v in (alpha, schedule, positions, layers)):

@@ -20,7 +20,7 @@ from cmrm.generation import SampleLevel
 from cmrm.shift import Estimator, estimate_shift
 from cmrm.steering import Steering
 
-QUESTIONS = 96
+QUESTIONS = 288
 MAX_ACCURACY_LOSS = 0.03
 MAX_OVER_REFUSAL_GAIN = 0.05
 
@@ -37,17 +37,22 @@ class Try:
     """How they are applied."""
 
 
+UPPER = tuple(range(15, 30))
+"""The upper half of the decoder layers: the alignment was trained there, and the image is read below."""
+
+
 def tries() -> list[Try]:
     """The settings that are tried: layers, schedules, positions and strengths at both levels, two estimators."""
     found = [Try("none", "pca", Steering(alpha=0.0))]
-    found += [Try("dataset", "pca", Steering(1.0, "telescoped", "last", (k,))) for k in (8, 14, 20, 26)]
-    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2, 0.3, 0.5, 1.0)]
-    found.append(Try("dataset", "pca", Steering(1.0, "telescoped", "all")))
-    found.append(Try("dataset", "pca", Steering(0.05, "per_layer", "last")))
-    found += [Try("sample", "pca", Steering(1.0, "telescoped", "last", (k,))) for k in (14, 20, 26)]
-    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2, 0.3)]
-    found.append(Try("dataset", "pca", Steering(0.3, "telescoped", "last", None, True)))
+    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2, 0.3, 0.4)]
+    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.3, 0.6, 1.0)]
+    found += [Try("dataset", "pca", Steering(1.0, "telescoped", "last", layers)) for layers in ((20,), (26,), (20, 26))]
     found.append(Try("dataset", "mean", Steering(0.2, "telescoped", "last")))
+    found.append(Try("dataset", "pca", Steering(0.2, "telescoped", "after_image")))
+    found.append(Try("dataset", "pca", Steering(0.02, "per_layer", "last")))
+    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2)]
+    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.3, 0.6)]
+    found.append(Try("sample", "pca", Steering(1.0, "telescoped", "last", (26,))))
     return found
 
 
@@ -128,7 +133,9 @@ def choose(rows: list[dict[str, Any]], level: str, *, over_refusal_base: float |
 
 
 def _layers(layers: tuple[int, ...] | None) -> str:
-    return "all" if layers is None else "+".join(map(str, layers))
+    if layers is None:
+        return "all"
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 3 else "+".join(map(str, layers))
 
 
 def _percent(share: float | None) -> str:

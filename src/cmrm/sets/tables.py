@@ -39,6 +39,8 @@ def read_table(source: str | Path, *, split: str | None = None, config: str | No
             "with --path (`cmrm sets` lists them)"
         )
     if path.suffix.lower() in SUFFIXES or path.is_file():
+        if split is not None or config is not None:
+            raise InputError(f"{source} is a file and has neither splits nor configurations; leave those options out")
         return _from_file(path)
     if _HUB_ID.match(str(source)):
         return _from_datasets(str(source), split, config, local=False)
