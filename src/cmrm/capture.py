@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,6 +13,52 @@ from cmrm.batching import in_batches
 from cmrm.conditions import Request
 from cmrm.errors import SteeringError
 from cmrm.models import VLM, encode
+
+
+class StateHooks:
+    """Context manager that keeps, per decoder block, the states of one position per row while a model runs once."""
+
+    def __init__(self, vlm: VLM, positions: torch.Tensor) -> None:
+        """`positions`: int64 [B], the position of each row within the tokens that are run."""
+        self.vlm = vlm
+        self.positions = positions
+        self.kept: list[torch.Tensor | None] = [None] * vlm.n_layers
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> StateHooks:
+        for index, layer in enumerate(self.vlm.layers):
+            self.handles.append(layer.register_forward_hook(self._keeper(index)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def states(self) -> torch.Tensor:
+        """float32 [B, L, d] on the CPU. A layer that a text-only prompt skips hands on what the layer before it left.
+
+        Raises:
+            SteeringError: a decoder layer did not run.
+        """
+        kept = self.kept
+        for index in sorted(self.vlm.skippable):
+            if kept[index] is None and index > 0:
+                kept[index] = kept[index - 1]
+        silent = [index for index, state in enumerate(kept) if state is None]
+        if silent:
+            raise SteeringError(f"decoder layers {silent} did not run in the forward pass; nothing was captured there")
+        return torch.stack([state.float().cpu() for state in kept if state is not None], dim=1)
+
+    def _keeper(self, index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            hidden = hidden_of(output)
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            self.kept[index] = hidden[rows, self.positions.to(hidden.device)]
+
+        return hook
 
 
 @torch.inference_mode()
@@ -26,25 +73,12 @@ def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     mask = inputs["attention_mask"]
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    kept: list[torch.Tensor | None] = [None] * vlm.n_layers
-    handles = []
-    try:
-        for index, layer in enumerate(vlm.layers):
-            handles.append(layer.register_forward_hook(_keeper(kept, index, last)))
-        extra: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
-            extra["logits_to_keep"] = 1
+    extra: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
+        extra["logits_to_keep"] = 1
+    with StateHooks(vlm, last) as hooks:
         vlm.model(**inputs, **extra)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for index in sorted(vlm.skippable):
-        if kept[index] is None and index > 0:
-            kept[index] = kept[index - 1]
-    silent = [index for index, state in enumerate(kept) if state is None]
-    if silent:
-        raise SteeringError(f"decoder layers {silent} did not run in the forward pass; nothing was captured there")
-    return torch.stack([state for state in kept if state is not None], dim=1)
+    return hooks.states()
 
 
 def capture(
@@ -75,12 +109,3 @@ def hidden_of(output: Any) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
         raise SteeringError(f"a decoder block returned {type(output).__name__}, expected states [batch, tokens, width]")
     return hidden
-
-
-def _keeper(kept: list[torch.Tensor | None], index: int, last: torch.Tensor) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-        hidden = hidden_of(output)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        kept[index] = hidden[rows, last.to(hidden.device)].float().cpu()
-
-    return hook

@@ -17,10 +17,11 @@ from PIL import Image
 
 from cmrm.artifact import ShiftVectors
 from cmrm.capture import capture_inputs, hidden_of
-from cmrm.conditions import FIVE, Request, build_request, noise_image
+from cmrm.conditions import FIVE, Condition, Request, build_request, build_requests, noise_image
 from cmrm.errors import ArtifactError, SteeringError
 from cmrm.generation import SampleLevel, generate, sample_vectors
 from cmrm.models import VLM, encode
+from cmrm.prefix import SharedPrefix
 from cmrm.samples import Sample
 from cmrm.shift import estimate_shift
 from cmrm.steering import Steering, layer_deltas, steer
@@ -184,6 +185,26 @@ def _mixing(vlm: VLM) -> str:
             "mixes them in a batch, and neither should you"
         )
     return f"largest difference {worst:.1e}"
+
+
+def _shared_prefix(vlm: VLM) -> str:
+    samples = _samples()
+    found = []
+    for condition in (Condition.QUERY, Condition.BLANK):
+        alike = [replace(s, image=_picture(0)) for s in samples]
+        requests = list(build_requests(alike, condition))
+        runner = SharedPrefix(vlm)
+        states = runner.states(requests)
+        whole = torch.cat([capture_inputs(vlm, encode(vlm, [r])) for r in requests])
+        worst = _relative(states, whole)
+        assert worst <= _tolerance(vlm), f"states of {condition} differ by {worst:.2%} from a whole forward"
+        how = (
+            f"run whole ({runner.reason})"
+            if runner.reason
+            else f"{runner.tokens} shared tokens, difference {worst:.1e}"
+        )
+        found.append(f"{condition}: {how}")
+    return "; ".join(found)
 
 
 def _alpha_zero(vlm: VLM) -> str:
@@ -363,6 +384,7 @@ CHECKS: dict[str, Callable[[VLM], str]] = {
     "capture equals a plain forward": _capture_is_plain_forward,
     "padding does not change a state": _padding,
     "a text-only prompt is the same beside one with image": _mixing,
+    "states by a shared prefix equal those of whole forwards": _shared_prefix,
     "alpha 0 is the untouched model": _alpha_zero,
     "rows without image are untouched in a mixed, padded batch": _gating,
     "what is added is alpha v, at the chosen layer and position": _schedules,

@@ -12,10 +12,10 @@ import torch
 
 from cmrm.artifact import ShiftVectors
 from cmrm.batching import in_batches
-from cmrm.capture import capture_inputs
 from cmrm.conditions import Condition, Request, build_request, build_requests, choose_donors
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
+from cmrm.prefix import shared_prefix
 from cmrm.samples import Sample
 from cmrm.shift import checked_corruption
 from cmrm.steering import Steering, steer
@@ -178,7 +178,10 @@ def _one_batch(
 
 
 def sample_vectors(vlm: VLM, samples: Sequence[Sample], level: SampleLevel) -> torch.Tensor:
-    """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `samples[i]`."""
-    text = capture_inputs(vlm, encode(vlm, list(build_requests(samples, Condition.QUERY))))
+    """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `samples[i]`.
+
+    The system prompt and a constant corrupted image are run once for all calls (`prefix.shared_prefix`).
+    """
+    text = shared_prefix(vlm, "query").states(list(build_requests(samples, Condition.QUERY)))
     corrupted = list(build_requests(samples, level.corruption, seed=level.seed))
-    return text - capture_inputs(vlm, encode(vlm, corrupted))
+    return text - shared_prefix(vlm, level.corruption.value).states(corrupted)

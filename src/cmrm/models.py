@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class VLM:
     """Hub commit, where known."""
     skippable: frozenset[int] = frozenset()
     """Layers that run only where the prompt holds an image (Mllama's cross-attention layers)."""
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What is kept between calls, such as the key-value caches of prefixes; may be cleared at any time."""
 
     @property
     def n_layers(self) -> int:

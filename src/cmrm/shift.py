@@ -7,56 +7,116 @@ its own Eq. 3.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cmrm.artifact import Provenance, Recommended, ShiftVectors, library_versions
-from cmrm.capture import capture
-from cmrm.conditions import CORRUPTED, Condition, build_requests
+from cmrm.batching import in_batches
+from cmrm.capture import capture_inputs
+from cmrm.conditions import CORRUPTED, Condition, Request, build_request, choose_donors
 from cmrm.errors import InputError
-from cmrm.models import VLM, config_hash
-from cmrm.samples import Sample, check_unique, set_hash
+from cmrm.files import atomic_path
+from cmrm.models import VLM, config_hash, encode
+from cmrm.moments import Moments
+from cmrm.prefix import SharedPrefix
+from cmrm.samples import Sample, SetHash
 
 Estimator = Literal["pca", "mean", "icv"]
 
 
+POOL = 8
+"""Anchors are sorted by length within so many batches, so that little is padded and memory does not grow with the set."""
+
+
 def estimate_shift(
     vlm: VLM,
-    anchors: Sequence[Sample],
+    anchors: Iterable[Sample],
     *,
     estimator: Estimator = "pca",
     corruption: Condition | str = Condition.BLANK,
     seed: int = 0,
     batch_size: int = 16,
     recommended: Recommended | None = None,
+    reuse_prefix: bool = True,
+    checkpoint: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> ShiftVectors:
-    """Dataset-level shift over `anchors`: two forward passes per anchor, last prompt token, every decoder layer.
+    """Dataset-level shift over `anchors`: last prompt token, every decoder layer, text-only minus corrupted image.
+
+    Memory does not grow with the number of anchors (`moments.Moments`). Where prompts begin alike (a constant corrupted image, the
+    system prompt) the shared part is run once (`prefix.SharedPrefix`). Under `torch.distributed` (such as `accelerate
+    launch`) each process takes its share of the batches, and every one returns the shift over all of them.
 
     Args:
         vlm: the model.
-        anchors: at least two samples with an image; each needs its image only for the size of the corrupted one.
+        anchors: at least two samples with an image; each needs its image only for the size of the corrupted one. Read
+            once, as they are needed; the corruption `other` alone holds them all.
         estimator: see `reduce_differences`.
-        corruption: `blank` or `noise`, what stands for the image in h_c.
-        seed: seed of the noise.
+        corruption: what stands for the image in h_c; see `conditions`.
+        seed: seed of noise, shuffles and donors.
         batch_size: prompts per forward pass.
         recommended: setting to store with the vectors; the calibrated preset when None.
+        reuse_prefix: run what prompts share once; off runs every prompt whole.
+        checkpoint: file that holds the state after every batch, so that a killed run goes on there; removed at the end.
         on_batch: told the number of prompts of each finished batch, for a progress bar.
 
     Raises:
-        InputError: no anchor, one anchor, two of one id, an unusable image, an unknown corruption or estimator.
+        InputError: no anchor, one anchor, two of one id, an unusable image, an unknown corruption or estimator, a checkpoint of
+            another run.
     """
     corruption = checked_corruption(corruption)
     check_estimator(estimator)
-    if len(anchors) < 2:
-        raise InputError(f"{len(anchors)} anchors were given; a dataset-level shift needs at least 2 (the paper: 20 %)")
-    check_unique(anchors)
-    differences = anchor_differences(
-        vlm, anchors, corruption=corruption, seed=seed, batch_size=batch_size, on_batch=on_batch
-    )
-    vectors, ratio = reduce_differences(differences, estimator)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it is at least 1")
+    donors = None
+    if corruption is Condition.OTHER:
+        anchors = list(anchors)
+        donors = choose_donors(anchors, seed=seed)
+    text, corrupted = (SharedPrefix(vlm) if reuse_prefix else None for _ in range(2))
+
+    def states(runner: SharedPrefix | None, requests: list[Request]) -> torch.Tensor:
+        return capture_inputs(vlm, encode(vlm, requests)) if runner is None else runner.states(requests)
+
+    def differences(batch: list[Sample]) -> torch.Tensor:
+        h_t = states(text, [build_request(s, Condition.QUERY) for s in batch])
+        return h_t - states(corrupted, [build_request(s, corruption, seed=seed, donors=donors) for s in batch])
+
+    rank, world = _process()
+    if checkpoint is not None and world > 1:
+        checkpoint = checkpoint.with_name(f"{checkpoint.name}.{rank}")
+    key = f"{config_hash(vlm)} {corruption.value} {seed} {rank}/{world}"
+    progress = Progress.resume(vlm, checkpoint, key)
+    skipped = progress.moments.count
+    members = SetHash()
+    source = iter(anchors)
+    while pool := list(islice(source, POOL * batch_size * world)):
+        for sample in pool:
+            members.add(sample)
+        mine = sorted(pool, key=lambda s: len(s.query))[rank::world]
+        again, mine = mine[:skipped], mine[skipped:]
+        skipped -= len(again)
+        progress.check(again, at_the_end=skipped == 0)
+        if again and on_batch is not None:
+            on_batch(2 * len(again))
+        for batch, found in in_batches(mine, batch_size, differences):
+            progress.take(batch, found)
+            if on_batch is not None:
+                on_batch(2 * len(batch))
+    if members.count < 2:
+        raise InputError(
+            f"{members.count} anchors were given; a dataset-level shift needs at least 2 (the paper: 20 %)"
+        )
+    if skipped:
+        raise InputError(f"{checkpoint} was written for more anchors than these; remove it to start anew")
+    moments = _merged(progress.moments)
+    vectors, ratio = moments.vectors(estimator)
     provenance = Provenance(
         model_id=vlm.model_id,
         revision=vlm.revision,
@@ -64,8 +124,8 @@ def estimate_shift(
         hidden_size=vlm.hidden_size,
         n_layers=vlm.n_layers,
         config_hash=config_hash(vlm),
-        anchor_hash=set_hash(anchors),
-        n_anchors=len(anchors),
+        anchor_hash=members.hexdigest(),
+        n_anchors=members.count,
         text_condition=Condition.QUERY.value,
         corruption=corruption.value,
         seed=seed,
@@ -74,7 +134,87 @@ def estimate_shift(
         explained_ratio=tuple(round(float(r), 6) for r in ratio),
         versions=library_versions(),
     )
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return ShiftVectors(vectors, provenance, recommended or Recommended())
+
+
+class Progress:
+    """What an extraction has taken in so far, and the file that it goes on from after a kill."""
+
+    def __init__(self, moments: Moments, chain: str, path: Path | None, key: str) -> None:
+        """`chain` is a hash over the ids taken in, in order; `key` names model, corruption and share."""
+        self.moments = moments
+        self.chain = chain
+        self.path = path
+        self.key = key
+        self._replayed = ""
+
+    @classmethod
+    def resume(cls, vlm: VLM, path: Path | None, key: str) -> Progress:
+        """From `path` where it is there and whole, otherwise from nothing.
+
+        Raises:
+            InputError: the file belongs to another run.
+        """
+        fresh = cls(Moments(vlm.n_layers, vlm.hidden_size), "", path, key)
+        if path is None or not path.exists():
+            return fresh
+        try:
+            with safe_open(str(path), "pt") as handle:
+                held = handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            moments = Moments.from_dict(tensors)
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return fresh
+        if held.get("key") != key:
+            raise InputError(
+                f"{path} was written by another run (model, corruption, seed or share); remove it to start anew"
+            )
+        return cls(moments, held.get("chain", ""), path, key)
+
+    def take(self, batch: Sequence[Sample], differences: torch.Tensor) -> None:
+        """Take in a batch, and write the state where there is a file for it."""
+        self.moments.update(differences)
+        for sample in batch:
+            self.chain = _link(self.chain, sample)
+        if self.path is not None:
+            try:
+                with atomic_path(self.path) as part:
+                    save_file(self.moments.to_dict(), str(part), metadata={"key": self.key, "chain": self.chain})
+            except OSError as error:
+                raise InputError(f"cannot write {self.path}: {error}") from None
+
+    def check(self, again: Sequence[Sample], *, at_the_end: bool) -> None:
+        """Follow samples that were taken in before the kill; when they end they must be those of the file."""
+        for sample in again:
+            self._replayed = _link(self._replayed, sample)
+        if again and at_the_end and self._replayed != self.chain:
+            raise InputError(f"{self.path} was written for other anchors, or in another order; remove it to start anew")
+
+
+def _link(chain: str, sample: Sample) -> str:
+    return hashlib.sha256(f"{chain}\x00{sample.id}\x00{sample.query}".encode()).hexdigest()
+
+
+def _process() -> tuple[int, int]:
+    """(rank, number of processes) of `torch.distributed`; (0, 1) without."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _merged(moments: Moments) -> Moments:
+    """The moments of all processes, in every one of them."""
+    _, world = _process()
+    if world == 1:
+        return moments
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, moments.to_dict())
+    parts = [Moments.from_dict(held) for held in gathered]
+    for part in parts[1:]:
+        parts[0].merge(part)
+    return parts[0]
 
 
 def checked_corruption(corruption: Condition | str) -> Condition:
@@ -90,23 +230,6 @@ def check_estimator(estimator: str) -> None:
         raise InputError(f"estimator is {estimator!r}; one of {', '.join(get_args(Estimator))}")
 
 
-def anchor_differences(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    *,
-    corruption: Condition,
-    seed: int,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """h_t - h_c of each sample: float32 [N, L, d] on the CPU."""
-    text = build_requests(samples, Condition.QUERY)
-    corrupted = build_requests(samples, corruption, seed=seed)
-    h_t = capture(vlm, text, batch_size=batch_size, on_batch=on_batch)
-    h_c = capture(vlm, corrupted, batch_size=batch_size, on_batch=on_batch)
-    return h_t - h_c
-
-
 def reduce_differences(differences: torch.Tensor, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences [N, L, d] to vectors float32 [L, d] and the explained ratio [L]; computed in float64.
 
@@ -119,18 +242,6 @@ def reduce_differences(differences: torch.Tensor, estimator: Estimator) -> tuple
     The ratio is the share of the uncentred sum of squares along the vector's direction.
     """
     check_estimator(estimator)
-    vectors, ratios = [], []
-    for layer in differences.double().unbind(dim=1):
-        mean = layer.mean(dim=0)
-        if estimator == "mean":
-            vector = mean
-        elif estimator == "pca":
-            direction = torch.linalg.svd(layer, full_matrices=False).Vh[0]
-            vector = direction * (mean @ direction)
-        else:
-            component = torch.linalg.svd(layer - mean, full_matrices=False).Vh[0]
-            vector = mean + component * (1.0 if mean @ component >= 0 else -1.0)
-        unit = vector / vector.norm().clamp_min(torch.finfo(torch.float64).tiny)
-        ratios.append((layer @ unit).square().sum() / layer.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
-        vectors.append(vector)
-    return torch.stack(vectors).float(), torch.stack(ratios).float()
+    moments = Moments(differences.shape[1], differences.shape[2], limit=max(1, len(differences)))
+    moments.update(differences.float())
+    return moments.vectors(estimator)

@@ -40,7 +40,7 @@ def extract(
 ) -> None:
     """Estimate the dataset-level shift (text-only minus corrupted-image state, per decoder layer) over anchor samples.
 
-    Anchors need images, not captions. --alpha, --schedule, --positions and --layers are stored as the recommended use.
+    A run that is killed goes on from `OUTPUT.partial`. Anchors need images, not captions. --alpha, --schedule, --positions and --layers are stored as the recommended use.
     """
     from cmrm.artifact import Recommended
     from cmrm.shift import check_estimator, checked_corruption, estimate_shift
@@ -61,7 +61,7 @@ def extract(
         say("states of anchors")
         shift = estimate_shift(
             vlm, loaded.samples, estimator=estimator, corruption=corruption, seed=seed, batch_size=batch_size,  # type: ignore[arg-type]
-            recommended=Recommended(**asdict(setting)), on_batch=tick,
+            recommended=Recommended(**asdict(setting)), checkpoint=output.with_name(f"{output.name}.partial"), on_batch=tick,
         )  # fmt: skip
     written = shift.save(output)
     if as_json:

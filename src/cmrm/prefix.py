@@ -1,0 +1,208 @@
+"""States of many prompts that begin alike: what they share is run once.
+
+With a constant corrupted image everything up to and including the image's tokens is the same for every anchor, and so is
+the system prompt of the text-only condition. That prefix is run once, its key-value cache is expanded over the batch as a
+view, and only the rest of each prompt is run, through the backbone alone (no `lm_head`).
+
+This is exact where tokens behind the prefix cannot change those inside it: causal attention, or attention in both
+directions within the image alone. Whether that holds is not read off a model's name: the first prompt is run whole as well, and
+where the two disagree (or the model cannot go on from a cache) all prompts are run whole, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cmrm.batching import out_of_memory
+from cmrm.capture import StateHooks, capture_inputs
+from cmrm.conditions import Request
+from cmrm.models import VLM, encode
+
+TOLERANCE = {torch.float32: 1e-3}
+HALF_TOLERANCE = 0.05
+"""Largest distance between a state by prefix and by a whole forward, over the state's norm: float32, and 16-bit floats."""
+
+OTHER_TEXT = "\u2022"
+"""Stands for any other request when the shared part is looked for."""
+
+_NOT_BEHIND_A_CACHE = {"attention_mask", "mm_token_type_ids"}
+"""Not needed there: everything in the cache is visible, padding stands last, and no image is left."""
+
+Encoded = dict[str, torch.Tensor]
+
+
+class SharedPrefix:
+    """Captures states of prompts that begin like the first one; others, and models that cannot, are run whole."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm = vlm
+        self.backbone = backbone_of(vlm)
+        self.reason: str | None = None
+        """Why prompts are run whole, or None while the prefix is in use."""
+        self.difference: float | None = None
+        """Largest relative difference of the probe's states between prefix and whole forward."""
+        self.tokens = 0
+        """Length of the prefix."""
+        self.fresh_tokens = 0
+        """Tokens that went through the model, padding included."""
+        self.whole_tokens = 0
+        """Tokens of all prompts, which a plain forward would have run, without padding."""
+        self._ids: torch.Tensor | None = None
+        self._extra: Encoded = {}
+        self._cache: Any = None
+        self._offsets: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def states(self, requests: Sequence[Request]) -> torch.Tensor:
+        """States float32 [B, L, d] on the CPU of one batch, in the order given.
+
+        The prefix is what the first prompt shares with one of the same image and another text. A batch in which no prompt
+        begins with it (images of another size, in models that tile them) starts a new one.
+        """
+        encoded = [encode(self.vlm, [request]) for request in requests]
+        if self.reason is None and not any(self._fits(e) for e in encoded):
+            self._begin(requests[0], encoded[0])
+        self.whole_tokens += sum(e["input_ids"].shape[1] for e in encoded)
+        together = [k for k, e in enumerate(encoded) if self._fits(e)]
+        alone = [k for k in range(len(encoded)) if k not in set(together)]
+        found = torch.empty(len(encoded), self.vlm.n_layers, self.vlm.hidden_size)
+        if together:
+            found[together] = self._suffixes([encoded[k] for k in together])
+        if alone:
+            found[alone] = self._whole([requests[k] for k in alone])
+        return found
+
+    def _begin(self, request: Request, encoded: Encoded) -> None:
+        """Run what `request` shares with others of its image; the first time compare its states with a whole forward."""
+        a = encoded["input_ids"][0]
+        b = encode(self.vlm, [replace(request, text=OTHER_TEXT)])["input_ids"][0]
+        shorter = min(len(a), len(b))
+        same = int((a[:shorter] == b[:shorter]).int().cumprod(0).sum())
+        image = (a == self.vlm.image_token_id).nonzero().flatten()
+        length = min(same, len(a) - 1)
+        if length <= (int(image.max()) if len(image) else 0):
+            self.reason = "the prompts differ before the image ends"
+            return
+        if len(image) and self.vlm.skippable:
+            self.reason = "images enter by cross-attention, not by tokens"
+            return
+        self._extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
+        self._ids = a[:length].clone()
+        self.tokens = length
+        try:
+            prefix = {k: (v[:, :length] if self._follows_tokens(v, encoded) else v) for k, v in encoded.items()}
+            self._positions(None)
+            self._cache = self.backbone(**prefix, use_cache=True).past_key_values
+            self._offsets = getattr(self.backbone, "rope_deltas", None)
+            self.fresh_tokens += length
+            if self.difference is None:
+                self._probe(encoded)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            if out_of_memory(error):
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            self.reason = f"the model does not go on from a cache: {type(error).__name__}: {lines[0]}"
+        if self.reason is not None:
+            self._cache = None
+
+    def _probe(self, encoded: Encoded) -> None:
+        by_prefix, whole = self._suffixes([encoded])[0], capture_inputs(self.vlm, encoded)[0]
+        self.fresh_tokens += encoded["input_ids"].shape[1]
+        self.difference = float(((by_prefix - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-12)).max())
+        if not self.difference <= TOLERANCE.get(self.vlm.model.dtype, HALF_TOLERANCE):
+            self.reason = f"states differ by {self.difference:.2%}: tokens behind the prefix change those inside it"
+
+    def _positions(self, offsets: torch.Tensor | None) -> None:
+        """Models with multi-axis rotary positions keep their offset behind an image on themselves, from run to run."""
+        if hasattr(self.backbone, "rope_deltas"):
+            self.backbone.rope_deltas = offsets
+
+    def _follows_tokens(self, value: torch.Tensor, encoded: Encoded) -> bool:
+        return value.dim() == 2 and value.shape[1] == encoded["input_ids"].shape[1] and value.shape[0] == 1
+
+    def _fits(self, encoded: Encoded) -> bool:
+        """Whether this prompt begins with the prefix, with the same image, and goes on behind it."""
+        if self.reason is not None or self._ids is None:
+            return False
+        ids = encoded["input_ids"][0]
+        if len(ids) <= self.tokens or not torch.equal(ids[: self.tokens], self._ids):
+            return False
+        if (ids[self.tokens :] == self.vlm.image_token_id).any():
+            return False
+        extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
+        return extra.keys() == self._extra.keys() and all(torch.equal(v, self._extra[k]) for k, v in extra.items())
+
+    def _suffixes(self, encoded: list[Encoded]) -> torch.Tensor:
+        """States of prompts behind the prefix: right-padded, each read at its last real token."""
+        lengths = [e["input_ids"].shape[1] - self.tokens for e in encoded]
+        width, rows = max(lengths), len(encoded)
+        device = encoded[0]["input_ids"].device
+        inputs: Encoded = {}
+        for name, value in encoded[0].items():
+            if name in _NOT_BEHIND_A_CACHE or not self._follows_tokens(value, encoded[0]):
+                continue
+            padded = torch.zeros(rows, width, dtype=value.dtype, device=device)
+            for row, one in enumerate(encoded):
+                padded[row, : lengths[row]] = one[name][0, self.tokens :]
+            inputs[name] = padded
+        last = torch.tensor(lengths, device=device) - 1
+        self._positions(self._offsets)
+        self.fresh_tokens += rows * width
+        with StateHooks(self.vlm, last) as hooks:
+            self.backbone(**inputs, past_key_values=expanded(self._cache, rows), use_cache=True)
+        return hooks.states()
+
+    def _whole(self, requests: list[Request]) -> torch.Tensor:
+        inputs = encode(self.vlm, requests)
+        self.fresh_tokens += inputs["input_ids"].numel()
+        return capture_inputs(self.vlm, inputs)
+
+
+def backbone_of(vlm: VLM) -> Callable[..., Any]:
+    """The model without its `lm_head`, where transformers keeps the two apart; otherwise the whole model."""
+    inner = getattr(vlm.model, "model", None)
+    if (
+        inner is None
+        or not hasattr(vlm.model, "lm_head")
+        or "input_ids" not in inspect.signature(inner.forward).parameters
+    ):
+        whole: Callable[..., Any] = vlm.model
+        return whole
+    found: Callable[..., Any] = inner
+    return found
+
+
+def expanded(cache: Any, rows: int) -> Any:
+    """A cache over `rows` rows whose keys and values are views of a cache of one row; the original is left as it is."""
+    made = copy.copy(cache)
+    made.layers = []
+    for layer in cache.layers:
+        one = copy.copy(layer)
+        for name in ("keys", "values"):
+            held = getattr(one, name, None)
+            if isinstance(held, torch.Tensor) and held.dim() == 4:
+                setattr(one, name, held.expand(rows, -1, -1, -1))
+        made.layers.append(one)
+    return made
+
+
+def shared_prefix(vlm: VLM, name: str) -> SharedPrefix:
+    """The runner that `vlm` keeps under `name`; a new one when the model's weights have changed since it was made."""
+    state = _weights_state(vlm)
+    held = vlm.memo.get(f"prefix {name}")
+    if held is None or held[0] != state:
+        held = vlm.memo[f"prefix {name}"] = (state, SharedPrefix(vlm))
+    runner: SharedPrefix = held[1]
+    return runner
+
+
+def _weights_state(vlm: VLM) -> tuple[int, int]:
+    """Changes when parameters are added, removed, or written in place."""
+    parameters = list(vlm.model.parameters())
+    return len(parameters), sum(0 if p.is_inference() else p._version for p in parameters)

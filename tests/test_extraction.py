@@ -1,0 +1,272 @@
+"""Extraction at scale: shared prefix, constant memory, going on after a kill, several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cmrm import Sample, estimate_shift
+from cmrm.conditions import build_requests
+from cmrm.errors import InputError
+from cmrm.models import VLM, encode
+from cmrm.moments import SKETCH, Moments
+from cmrm.prefix import SharedPrefix
+from cmrm.shift import reduce_differences
+
+RED = Image.new("RGB", (16, 16), "red")
+
+
+def some(n: int) -> list[Sample]:
+    return [Sample(f"s{k}", f"Tell me about number {k}" + "!" * (k % 7), RED) for k in range(n)]
+
+
+def differences(n: int, *, width: int = 48, decay: float = 0.9) -> torch.Tensor:
+    """Differences [n, 2, width] with a mean and a decaying spectrum."""
+    generator = torch.Generator().manual_seed(3)
+    scale = decay ** torch.arange(width)
+    return torch.randn(n, 2, width, generator=generator) * scale + 0.3 * torch.randn(2, width, generator=generator)
+
+
+@pytest.mark.parametrize("estimator", ["pca", "mean", "icv"])
+def test_stream_equals_the_exact_estimators(estimator: Any) -> None:
+    whole = differences(3000, width=400, decay=0.99)
+    exact, ratio = reduce_differences(whole, estimator)
+    stream = Moments(2, 400)
+    for chunk in whole.split(37):
+        stream.update(chunk)
+    vectors, streamed = stream.vectors(estimator)
+    assert stream.sketch.shape[1] <= 2 * SKETCH < 3000
+    assert (stream.dropped > 0).all(), "nothing was compressed"
+    assert torch.cosine_similarity(vectors, exact, dim=-1).min() > 1 - 1e-4
+    assert torch.allclose(vectors.norm(dim=-1), exact.norm(dim=-1), rtol=1e-3)
+    assert torch.allclose(streamed, ratio, atol=5e-3)
+
+
+@pytest.mark.parametrize("estimator", ["pca", "mean", "icv"])
+def test_exact_estimators_agree_with_a_library(estimator: Any) -> None:
+    from sklearn.decomposition import PCA
+
+    whole = differences(200)
+    vectors, _ = reduce_differences(whole, estimator)
+    for layer in range(2):
+        rows = whole[:, layer].double().numpy()
+        mean = rows.mean(0)
+        if estimator == "mean":
+            expected = mean
+        elif estimator == "pca":
+            import numpy as np
+
+            direction = np.linalg.svd(rows, full_matrices=False)[2][0]
+            expected = direction * (mean @ direction)
+        else:
+            component = PCA(1, svd_solver="full").fit(rows).components_[0]
+            expected = mean + component * (1 if mean @ component >= 0 else -1)
+        assert torch.allclose(vectors[layer].double(), torch.from_numpy(expected), atol=1e-4)
+
+
+def test_merged_moments_are_those_of_one_stream() -> None:
+    whole = differences(500)
+    one, left, right = Moments(2, 48), Moments(2, 48), Moments(2, 48)
+    one.update(whole)
+    left.update(whole[:200])
+    right.update(whole[200:])
+    left.merge(Moments.from_dict(right.to_dict()))
+    assert left.count == 500
+    for estimator in ("pca", "mean", "icv"):
+        assert torch.allclose(left.vectors(estimator)[0], one.vectors(estimator)[0], atol=1e-3)
+
+
+def test_nan_in_a_state_is_refused() -> None:
+    bad = differences(3)
+    bad[1, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        Moments(2, 48).update(bad)
+
+
+def test_prefix_and_whole_forwards_give_the_same_shift(vlm: VLM) -> None:
+    fast = estimate_shift(vlm, some(20), batch_size=4)
+    slow = estimate_shift(vlm, some(20), batch_size=4, reuse_prefix=False)
+    assert torch.allclose(fast.vectors, slow.vectors, atol=1e-4)
+    assert fast.provenance.anchor_hash == slow.provenance.anchor_hash
+
+
+def test_the_shared_part_is_run_once(vlm: VLM) -> None:
+    runner = SharedPrefix(vlm)
+    requests = list(build_requests(some(40), "blank"))
+    longest = max(encode(vlm, [r])["input_ids"].shape[1] for r in requests)
+    runner.states(requests)
+    assert runner.reason is None
+    assert runner.tokens > 25
+    probe = 2 * longest
+    assert runner.fresh_tokens <= runner.tokens + probe + 40 * (longest - runner.tokens)
+    assert runner.fresh_tokens < runner.whole_tokens
+
+
+def test_prompts_that_begin_otherwise_are_run_whole(vlm: VLM) -> None:
+    runner = SharedPrefix(vlm)
+    odd = Sample("odd", "Tell me about number 3", Image.new("RGB", (16, 16), "red"))
+    mixed = [
+        *build_requests(some(3), "blank"),
+        next(build_requests([odd], "noise")),
+        next(build_requests([odd], "query")),
+    ]
+    states = runner.states(mixed)
+    for k, request in enumerate(mixed):
+        alone = SharedPrefix(vlm).states([request])
+        assert torch.allclose(states[k], alone[0], atol=1e-4)
+
+
+def test_noise_of_ones_own_is_right_though_nothing_is_shared(vlm: VLM) -> None:
+    fast = estimate_shift(vlm, some(6), corruption="noise", batch_size=3)
+    slow = estimate_shift(vlm, some(6), corruption="noise", batch_size=3, reuse_prefix=False)
+    assert torch.allclose(fast.vectors, slow.vectors, atol=1e-4)
+
+
+def test_anchors_are_read_as_they_are_needed(vlm: VLM) -> None:
+    read: list[str] = []
+
+    def source() -> Iterator[Sample]:
+        for sample in some(70):
+            read.append(sample.id)
+            yield sample
+
+    seen: list[int] = []
+    shift = estimate_shift(vlm, source(), batch_size=2, on_batch=lambda n: seen.append(len(read)))
+    assert seen[0] == 16, "one pool of eight batches is read ahead"
+    assert shift.provenance.n_anchors == 70
+    assert shift.provenance.anchor_hash == estimate_shift(vlm, some(70)).provenance.anchor_hash
+
+
+def test_a_killed_extraction_goes_on_and_loses_at_most_a_batch(vlm: VLM, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    state = tmp_path / "state"
+    whole = estimate_shift(vlm, some(30), batch_size=4)
+    counted: list[int] = []
+
+    def die(n: int) -> None:
+        counted.append(n)
+        if len(counted) == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        estimate_shift(vlm, some(30), batch_size=4, checkpoint=state, on_batch=die)
+    assert state.exists()
+    forward, rows = vlm.model.model.forward, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal rows
+        rows += kwargs["input_ids"].shape[0]
+        return forward(*args, **kwargs)
+
+    vlm.model.model.forward = counting
+    try:
+        again = estimate_shift(vlm, some(30), batch_size=4, checkpoint=state)
+    finally:
+        vlm.model.model.forward = forward
+    assert torch.allclose(again.vectors, whole.vectors, atol=1e-5)
+    assert not state.exists()
+    probes = 8
+    assert rows <= 2 * (30 - 16) + probes, "what was finished is not run again"
+
+
+def test_a_checkpoint_of_another_run_is_refused(vlm: VLM, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+
+    def stop(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate_shift(vlm, some(9), batch_size=4, checkpoint=state, on_batch=stop)
+    with pytest.raises(InputError, match="another run"):
+        estimate_shift(vlm, some(9), batch_size=4, checkpoint=state, corruption="grey")
+    with pytest.raises(InputError, match="other anchors"):
+        estimate_shift(vlm, [Sample(f"x{k}", "q", RED) for k in range(9)], batch_size=4, checkpoint=state)
+    with pytest.raises(InputError, match="more anchors"):
+        estimate_shift(vlm, some(2), batch_size=4, checkpoint=state)
+    state.write_bytes(b"broken")
+    assert estimate_shift(vlm, some(9), batch_size=4, checkpoint=state).provenance.n_anchors == 9
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, torch
+from cmrm import estimate_shift, wrap_vlm
+from test_extraction import some
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+vlm = wrap_vlm(conftest.tiny_model(), conftest.tiny_processor(), model_id="tiny")
+shift = estimate_shift(vlm, some(25), batch_size=4)
+shift.save({out!r} + f"/rank{{torch.distributed.get_rank()}}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(vlm: VLM, tmp_path: Path) -> None:
+    from cmrm import ShiftVectors
+
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531", str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = estimate_shift(vlm, some(25), batch_size=4)
+    for rank in range(2):
+        other = ShiftVectors.load(tmp_path / f"rank{rank}.safetensors")
+        assert torch.allclose(other.vectors, one.vectors, atol=1e-4)
+        assert other.provenance.n_anchors == 25
+        assert other.provenance.anchor_hash == one.provenance.anchor_hash
+
+
+def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM) -> None:
+    from cmrm import SampleLevel
+    from cmrm.generation import sample_vectors
+    from cmrm.prefix import shared_prefix
+
+    vlm.memo.clear()
+    first = sample_vectors(vlm, some(3), SampleLevel())
+    runner = shared_prefix(vlm, "blank")
+    before = runner.fresh_tokens
+    again = sample_vectors(vlm, some(3), SampleLevel())
+    assert torch.allclose(first, again, atol=1e-5)
+    assert shared_prefix(vlm, "blank") is runner
+    suffixes = runner.whole_tokens // 2 - 3 * runner.tokens
+    assert runner.fresh_tokens - before <= suffixes + 3 * 7, "only what stands behind the prefix is run"
+
+
+def test_changed_weights_start_a_new_prefix(vlm: VLM) -> None:
+    from cmrm.prefix import shared_prefix
+
+    runner = shared_prefix(vlm, "query")
+    weight = vlm.model.lm_head.weight
+    with torch.no_grad():
+        weight.mul_(1.0)
+    assert shared_prefix(vlm, "query") is not runner
+
+
+def test_images_of_another_size_start_a_new_prefix() -> None:
+    from cmrm import wrap_vlm
+    from families import FAMILIES
+
+    tiled = wrap_vlm(*FAMILIES["llava_next"]())
+    runner = SharedPrefix(tiled)
+    for size in ((40, 30), (30, 60), (40, 30)):
+        samples = [Sample(f"s{k}", "q" * (k + 1), Image.new("RGB", size, "red")) for k in range(2)]
+        requests = list(build_requests(samples, "blank"))
+        states = runner.states(requests)
+        assert runner.reason is None
+        alone = torch.cat([SharedPrefix(tiled).states([r]) for r in requests])
+        assert torch.allclose(states, alone, atol=1e-4)
