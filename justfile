@@ -17,5 +17,8 @@ fix:
 demo *args:
     cmrm demo {{args}}
 
+bench *args:
+    python benchmarks/run.py {{args}}
+
 ci:
     bash .ci/run

@@ -41,7 +41,7 @@ def test_stream_equals_the_exact_estimators(estimator: Any) -> None:
     whole = differences(3000, width=400, decay=0.99)
     exact, ratio = reduce_differences(whole, estimator)
     stream = Moments(2, 400)
-    for chunk in whole.split(37):
+    for chunk in whole.split(37):  # type: ignore[no-untyped-call]
         stream.update(chunk)
     vectors, streamed = stream.vectors(estimator)
     assert stream.sketch.shape[1] <= 2 * SKETCH < 3000

@@ -167,7 +167,22 @@ class _Rows:
         self.given = None if has_image is None else torch.as_tensor(has_image, dtype=torch.bool)
         self.gate: torch.Tensor | None = None
         self.prompt: torch.Tensor | None = None
+        self.decoding = False
         self.mask: torch.Tensor | None = None
+        self.shape: tuple[int, ...] = ()
+        self._factors: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def factor(self, like: torch.Tensor) -> torch.Tensor:
+        """1 where a position is steered and 0 elsewhere, [B, T, 1] in the dtype and place of `like`; made once per pass."""
+        key = (like.device, like.dtype)
+        if key not in self._factors:
+            assert self.mask is not None
+            self._factors[key] = self.mask[..., None].to(like.device, like.dtype)
+        return self._factors[key]
+
+    def _set(self, mask: torch.Tensor) -> None:
+        self.mask, self.shape = mask, tuple(mask.shape)
+        self._factors = {}
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model runs: set `mask`, bool [B, T], from the tokens that it is about to read."""
@@ -182,6 +197,14 @@ class _Rows:
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         shape, device = tuple(tokens.shape[:2]), tokens.device
+        if not fresh and shape[1] == 1 and self.gate is not None and self.gate.shape[0] == shape[0]:
+            # A generated token, be it an image token's id, opens no gate; the next one finds all of this made.
+            if self.decoding and self.shape == shape:
+                return
+            self.decoding = True
+            self._set(self.gate.to(device)[:, None])
+            return
+        self.decoding = False
         if fresh and self.positions in {"last", "generated"}:
             self._refuse_recomputation(ids)
         is_image = (
@@ -195,14 +218,12 @@ class _Rows:
             )
         elif fresh or self.gate is None:
             gate = is_image.any(dim=1)
-        elif shape[1] == 1:  # a generated token, be it an image token's id, opens no gate
-            gate = self.gate.to(device)
         else:
             gate = self.gate.to(device) | is_image.any(dim=1)
         if gate.shape[0] != shape[0]:
             raise SteeringError(f"{shape[0]} rows were run, but {gate.shape[0]} are known; start a new steer() block")
         self.gate = gate
-        self.mask = self._positions(shape, is_image, kwargs.get("attention_mask"), fresh, device) & gate[:, None]
+        self._set(self._positions(shape, is_image, kwargs.get("attention_mask"), fresh, device) & gate[:, None])
 
     def _refuse_recomputation(self, ids: Any) -> None:
         """Without a KV cache every step looks like a new prompt, and what was generated before would go unsteered."""
@@ -253,7 +274,7 @@ def _adder(
         fired.add(layer)
         if steering.alpha == 0:
             return None
-        if state.mask is None or tuple(state.mask.shape) != tuple(hidden.shape[:2]):
+        if state.mask is None or state.shape != hidden.shape[:2]:
             raise SteeringError(
                 f"decoder layer {layer} ran on {tuple(hidden.shape[:2])} positions that the model's own call did not "
                 "announce; call the whole model, not a part of it, inside steer()"
@@ -264,12 +285,14 @@ def _adder(
         addend = placed[key]
         if addend.dim() == 2:
             addend = _per_row(addend, hidden.shape[0])[:, None, :]
-        moved = hidden + addend
         if steering.preserve_norm:
+            moved = hidden + addend
             before = hidden.float().norm(dim=-1, keepdim=True)
             after = moved.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
             moved = (moved.float() * (before / after)).to(hidden.dtype)
-        mixed = torch.where(state.mask.to(hidden.device)[..., None], moved, hidden)
+            mixed = torch.where(state.mask.to(hidden.device)[..., None], moved, hidden)
+        else:
+            mixed = torch.addcmul(hidden, state.factor(hidden), addend)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return hook

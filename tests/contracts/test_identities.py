@@ -258,3 +258,14 @@ def test_bfloat16_gating_and_alpha_zero(processor: object) -> None:
     assert torch.equal(steered[1], plain[1])
     with steer(half, vectors, alpha=0):
         assert torch.equal(logits(half, inputs), plain)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_compiled_model_is_steered_alike(vlm: VLM, vectors: torch.Tensor, positions: str) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    torch._dynamo.reset()
+    with torch.inference_mode(), steer(vlm, vectors, Steering(positions=positions)):  # type: ignore[arg-type]
+        plain = vlm.model(**inputs, use_cache=False).logits
+        compiled = torch.compile(vlm.model, backend="aot_eager")(**inputs, use_cache=False).logits  # type: ignore[no-untyped-call]
+    assert torch.allclose(plain, compiled, atol=1e-5)
+    assert not torch.allclose(plain, logits(vlm, inputs), atol=1e-3)

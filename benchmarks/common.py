@@ -1,0 +1,107 @@
+"""What the benchmarks share: the models, interleaved timing, one JSON line per figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cmrm.compat import mend_torchvision
+
+mend_torchvision()
+
+from transformers import (  # noqa: E402
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
+
+from cmrm import wrap_vlm  # noqa: E402
+from cmrm.demo.backbone import IMAGE_TOKEN, halve, load_tokenizer  # noqa: E402
+from cmrm.demo.sets import prompt_samples  # noqa: E402
+from cmrm.models import VLM  # noqa: E402
+from cmrm.samples import Sample  # noqa: E402
+
+IMAGE_SIZE, PATCH = 336, 14
+
+
+def random_llava(*, tiny: bool = False) -> VLM:
+    """A LLaVA-1.5 in shape (336 pixels, 576 image tokens) on a backbone of SmolLM2-135M's size, random weights, bfloat16.
+
+    Its vision tower is a small one (4 layers, width 256): a real one costs more in a bare forward and nothing more in an
+    extraction that runs the image once, so the ratios are upper bounds in this respect.
+    """
+    tokenizer = load_tokenizer()
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token=IMAGE_TOKEN, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+                image_size=IMAGE_SIZE, patch_size=PATCH,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=49152, hidden_size=64 if tiny else 576, intermediate_size=128 if tiny else 1536,
+                num_hidden_layers=3 if tiny else 30, num_attention_heads=9 if not tiny else 4,
+                num_key_value_heads=3 if not tiny else 2, max_position_embeddings=8192, tie_word_embeddings=True,
+            ),
+            image_token_index=16,
+            vision_feature_layer=-1,
+        )
+    )  # fmt: skip
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return wrap_vlm(halve(model.eval()), processor, model_id="random LLaVA-1.5 shape")
+
+
+def anchors(n: int) -> list[Sample]:
+    """`n` requests of our prompt set (training and anchor words only), each with an easy-VQA image."""
+    held = prompt_samples("anchor", "harmful") + prompt_samples("anchor", "benign")
+    return [
+        Sample(f"{k}-{held[k % len(held)].id}", held[k % len(held)].query, held[k % len(held)].image) for k in range(n)
+    ]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def paired_ratio(a: Callable[[], Any], b: Callable[[], Any], *, pairs: int) -> dict[str, Any]:
+    """Median over pairs of time(a) / time(b), run A B A B in one process after one run of each to warm up."""
+    a()
+    b()
+    ratios, times = [], []
+    for _ in range(pairs):
+        first, second = seconds(a), seconds(b)
+        ratios.append(first / second)
+        times.append((first, second))
+    return {
+        "value": round(statistics.median(ratios), 4),
+        "low": round(min(ratios), 4),
+        "high": round(max(ratios), 4),
+        "pairs": pairs,
+        "seconds": [round(statistics.median(t[k] for t in times), 3) for k in (0, 1)],
+    }
+
+
+def report(figure: str, found: dict[str, Any], **more: Any) -> None:
+    """Print one figure as one JSON line, with the machine."""
+    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine(),
+               "torch": torch.__version__}  # fmt: skip
+    print(json.dumps({"figure": figure, **found, **more, "machine": machine}), flush=True)

@@ -1,0 +1,58 @@
+"""`decode_ratio_hooks`: dataset level, decoded tokens a second steered / bare, by hooks; one row, after a 576-token image."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import anchors, random_llava, report, seconds
+
+from cmrm import Steering, steer
+from cmrm.conditions import build_requests
+from cmrm.models import encode
+
+
+def main() -> None:
+    """Print the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and one pair: does it still run?")
+    given = parser.parse_args()
+    vlm = random_llava(tiny=given.tiny)
+    inputs = encode(vlm, list(build_requests(anchors(1), "original")))
+    generator = torch.Generator().manual_seed(0)
+    vectors = 1e-3 * torch.randn(vlm.n_layers, vlm.hidden_size, generator=generator)
+    count = 4 if given.tiny else given.tokens
+
+    @torch.inference_mode()
+    def decode() -> None:
+        """From one prefilled cache on, token by token."""
+        cache = vlm.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        token = torch.full((1, 1), 42)
+        for _ in range(count):
+            vlm.model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        vlm.model(**inputs, use_cache=True, logits_to_keep=1)
+
+    def steered() -> None:
+        with steer(vlm, vectors, Steering(0.5)):
+            decode()
+
+    pairs = 1 if given.tiny else given.pairs
+    steered()
+    decode()
+    ratios = []
+    for _ in range(pairs):
+        fill = seconds(prefill)
+        ratios.append((seconds(decode) - fill) / (seconds(steered) - fill))
+    ratios.sort()
+    found = {"value": round(ratios[len(ratios) // 2], 4), "low": round(ratios[0], 4), "high": round(ratios[-1], 4),
+             "pairs": pairs}  # fmt: skip
+    report("decode_ratio_hooks", found, tokens=count, target=0.98)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`extraction_ratio`: both conditions of N anchors / a bare forward (`lm_head` included) of the same 2 N inputs."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import anchors, paired_ratio, random_llava, report
+
+from cmrm import estimate_shift
+from cmrm.conditions import build_requests
+from cmrm.models import encode
+from cmrm.prefix import SharedPrefix
+
+
+def main() -> None:
+    """Print the figure and the share of tokens that had to be run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--anchors", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few anchors: does it still run?")
+    given = parser.parse_args()
+    n, size = (4, 2) if given.tiny else (given.anchors, given.batch_size)
+    vlm, samples = random_llava(tiny=given.tiny), anchors(n)
+    samples.sort(key=lambda s: len(s.query))
+    batches = []
+    for condition in ("query", "blank"):
+        requests = list(build_requests(samples, condition))
+        batches += [encode(vlm, requests[k : k + size]) for k in range(0, n, size)]
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for inputs in batches:
+            vlm.model(**inputs, use_cache=False)
+
+    def extraction() -> None:
+        estimate_shift(vlm, samples, batch_size=size)
+
+    found = paired_ratio(extraction, bare, pairs=1 if given.tiny else given.pairs)
+    runners = []
+    for condition in ("query", "blank"):
+        runner = SharedPrefix(vlm)
+        requests = list(build_requests(samples, condition))
+        for k in range(0, n, size):
+            runner.states(requests[k : k + size])
+        runners.append(runner)
+    run, whole = sum(r.fresh_tokens for r in runners), sum(r.whole_tokens for r in runners)
+    report("extraction_ratio", found, anchors=n, batch_size=size, target=0.10)
+    report("extraction_token_share", {"value": round(run / whole, 4)}, tokens_run=run, tokens_of_all_prompts=whole,
+           note="tokens that went through the backbone / tokens of all prompts: the limit without lm_head")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
