@@ -6,20 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from cmrm.artifact import ShiftVectors, library_versions
-from cmrm.capture import capture
-from cmrm.conditions import CORRUPTED, FIVE, Condition, build_requests
+from cmrm.batching import in_batches
+from cmrm.capture import capture_inputs
+from cmrm.conditions import CORRUPTED, FIVE, Condition, build_request, choose_donors
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import verdict_rate
 from cmrm.generation import Generation, generate
 from cmrm.geometry import compare_shifts, distances
 from cmrm.judges import KeywordJudge, Verdict
-from cmrm.models import VLM
+from cmrm.models import VLM, encode
 from cmrm.samples import Sample
 from cmrm.sets import Loaded
-from cmrm.shift import reduce_differences
 from cmrm.steering import Steering
 
 SCHEMA = "cmrm-diagnosis/1"
@@ -100,11 +101,8 @@ def diagnose(
         measured(condition, condition.value, None)
     if shift is not None:
         measured(Condition.ORIGINAL, "original + cmrm", shift)
-    states: dict[str, torch.Tensor] = {}
-    for condition in shown:
-        say(f"states: {condition.value}")
-        requests = build_requests(samples, condition, seed=seed)
-        states[condition.value] = capture(vlm, requests, batch_size=batch_size, on_batch=tick)
+    say("states")
+    representation, means = _representation(vlm, samples, shown, batch_size=batch_size, seed=seed, tick=tick)
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "model": {"id": vlm.model_id, "revision": vlm.revision, "architecture": type(vlm.model).__name__,
@@ -112,18 +110,51 @@ def diagnose(
         "data": loaded.to_json(),
         "conditions": rows,
         "left_out": left_out,
-        "representation": distances(states),
+        "representation": representation,
         "settings": {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "judge": KeywordJudge.name,
                      "steering": asdict(steering or Steering.from_recommended(shift.recommended)) if shift else None},
         "versions": library_versions(),
     }  # fmt: skip
     if corruptions:
-        means = {
-            c.value: reduce_differences(states["query"] - states[c.value], "mean")[0]
-            for c in dict.fromkeys([Condition.BLANK, *corruptions])
-        }
-        found["corruptions"] = compare_shifts(means, "blank")
+        found["corruptions"] = compare_shifts(
+            {c.value: means[c.value] for c in dict.fromkeys([Condition.BLANK, *corruptions])}, "blank"
+        )
     return found
+
+
+def _representation(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    conditions: Sequence[Condition],
+    *,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[int], None],
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, torch.Tensor]]:
+    """`geometry.distances` over all samples, and the mean shift [L, d] of each condition, one batch held at a time."""
+    donors = choose_donors(samples, seed=seed) if Condition.OTHER in conditions else None
+    totals: dict[str, dict[str, np.ndarray]] = {}
+    shifts = {c.value: torch.zeros(vlm.n_layers, vlm.hidden_size) for c in conditions}
+
+    def work(batch: list[Sample]) -> dict[str, torch.Tensor]:
+        return {
+            c.value: capture_inputs(vlm, encode(vlm, [build_request(s, c, seed=seed, donors=donors) for s in batch]))
+            for c in conditions
+        }
+
+    for batch, states in in_batches(samples, batch_size, work):
+        for kind, by_condition in distances(states).items():
+            held = totals.setdefault(kind, {name: np.zeros(vlm.n_layers) for name in by_condition})
+            for name, values in by_condition.items():
+                held[name] += len(batch) * np.asarray(values)
+        for name, held_states in states.items():
+            shifts[name] += (states["query"] - held_states).sum(0)
+        tick(len(batch) * len(conditions))
+    n = len(samples)
+    return (
+        {kind: {name: (held / n).tolist() for name, held in by.items()} for kind, by in totals.items()},
+        {name: shift / n for name, shift in shifts.items()},
+    )
 
 
 def rates(samples: Sequence[Sample], replies: Sequence[Generation]) -> dict[str, Any]:

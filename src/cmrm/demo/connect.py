@@ -160,7 +160,13 @@ def connect(
 
     first = Stage("connect", 2 * connect_steps, 1e-3, until=connect_steps, save_every=75)
     second = Stage("instruct", instruct_steps, 1e-3, save_every=60)
-    train(first, parameters, lambda rng: loss_on(rng, first.name, look_alikes, plain), folder / first.name, on_checkpoint=measure)
+    train(
+        first,
+        parameters,
+        lambda rng: loss_on(rng, first.name, look_alikes, plain),
+        folder / first.name,
+        on_checkpoint=measure,
+    )
     train(
         second,
         parameters,

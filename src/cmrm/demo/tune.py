@@ -14,7 +14,7 @@ from cmrm.demo.assemble import load_demo_vlm
 from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense
 from cmrm.demo.sets import prompt_samples, vqa_samples
-from cmrm.demo.settings import CORRUPTION, QUICK
+from cmrm.demo.settings import CORRUPTION, QUICK, UPPER
 from cmrm.files import atomic_path
 from cmrm.generation import SampleLevel
 from cmrm.shift import Estimator, estimate_shift
@@ -37,22 +37,16 @@ class Try:
     """How they are applied."""
 
 
-UPPER = tuple(range(15, 30))
-"""The upper half of the decoder layers: the alignment was trained there, and the image is read below."""
-
-
 def tries() -> list[Try]:
     """The settings that are tried: layers, schedules, positions and strengths at both levels, two estimators."""
     found = [Try("none", "pca", Steering(alpha=0.0))]
-    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2, 0.3, 0.4)]
-    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.3, 0.6, 1.0)]
-    found += [Try("dataset", "pca", Steering(1.0, "telescoped", "last", layers)) for layers in ((20,), (26,), (20, 26))]
-    found.append(Try("dataset", "mean", Steering(0.2, "telescoped", "last")))
-    found.append(Try("dataset", "pca", Steering(0.2, "telescoped", "after_image")))
-    found.append(Try("dataset", "pca", Steering(0.02, "per_layer", "last")))
-    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2)]
-    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.3, 0.6)]
-    found.append(Try("sample", "pca", Steering(1.0, "telescoped", "last", (26,))))
+    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.1, 0.2, 0.3)]
+    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.2, 0.25, 0.3, 0.6, 1.0)]
+    found += [Try("dataset", "pca", Steering(alpha, "telescoped", "last", (26,))) for alpha in (0.7, 1.0)]
+    found.append(Try("dataset", "pca", Steering(1.0, "telescoped", "last", (20,))))
+    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last")) for alpha in (0.05, 0.1, 0.2)]
+    found += [Try("sample", "pca", Steering(alpha, "telescoped", "last", UPPER)) for alpha in (0.2, 0.3)]
+    found.append(Try("sample", "pca", Steering(0.7, "telescoped", "last", (26,))))
     return found
 
 
@@ -62,7 +56,7 @@ def tune_demo(out: Path, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
     The best of a level: lowest unsafe rate among tries that cost at most 3 points of accuracy and 5 points of
     over-refusal; with equal rates the lowest alpha, then the highest accuracy. Over-refusal is held against that of the
     untouched model with image and, in a second choice, against that of the query as text: a defence that gives the text
-    behaviour back gives its over-refusal back too, and the demo's setting is of the second choice.
+    behaviour back gives its over-refusal back too. The demo's setting is of the first choice.
     """
     vlm = load_demo_vlm()
     ledger = Ledger(
