@@ -74,7 +74,8 @@ def load_prompts() -> tuple[Prompt, ...]:
 
 def train_texts(label: Label, part: Part) -> list[str]:
     """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; the others:
-    those parts of that file. Parts 3 and 5, all benign, are for visual instruction tuning alone.
+    those parts of that file. Part 3, all benign, is for visual instruction tuning alone. Parts 4 and 5 were written after the
+    shipped weights were trained, which have not seen them (LOG.md, the second recipe).
 
     The requests of `train_extra.csv` share less than half of their words with any anchor or test request.
     """
