@@ -10,7 +10,7 @@ from cmrm.steering import Steering
 UPPER = tuple(range(15, 30))
 """The upper half of the decoder layers: steering there costs less accuracy than steering all, for the image is read below."""
 DATASET_STEERING = Steering(alpha=0.3, schedule="telescoped", positions="last", layers=UPPER)
-SAMPLE_STEERING = Steering(alpha=0.05, schedule="telescoped", positions="last")
+SAMPLE_STEERING = Steering(alpha=0.1, schedule="telescoped", positions="last")
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
 
