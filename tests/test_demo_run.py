@@ -25,7 +25,7 @@ SMALL = replace(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_model(n_layers=6).save_pretrained(folder)
+    tiny_model(n_layers=30).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
 
