@@ -96,12 +96,22 @@ def test_diagnose(checkpoint: Path, data: Path, artifact: Path, tmp_path: Path) 
 
 def test_diagnose_says_what_it_could_not_measure(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.csv").write_text("query\nhello\nwhat now\n")
-    result = run("diagnose", checkpoint, "--data", tmp_path / "text.csv", "--max-new-tokens", 2)
+    text = ("diagnose", checkpoint, "--data", tmp_path / "text.csv")
+    result = run(*text, "--max-new-tokens", 2, "--label", "harmful")
     assert result.exit_code == 0, result.output
     assert "original: not measured, 2 of 2 samples have no image" in result.output
-    assert "are about images" in refused(
-        "diagnose", checkpoint, "--data", tmp_path / "text.csv", "--corruptions", "blur"
-    )
+    assert "are about images" in refused(*text, "--corruptions", "blur", "--label", "benign")
+
+
+def test_what_is_labelled_neither_way_has_no_unsafe_rate(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.csv").write_text("query,label\nhello,harmful\nwhat now,unsafe\n")
+    text = ("diagnose", checkpoint, "--data", tmp_path / "text.csv", "--max-new-tokens", 2)
+    assert "1 of 2 samples are labelled neither harmful nor benign (the first: 'unsafe')" in refused(*text)
+    assert "label is 'bad'" in refused(*text, "--label", "bad")
+    cell = json.loads(run(*text, "--label", "benign", "--json").stdout)["conditions"]["query"]
+    assert cell["unsafe"]["n"] + cell["unsafe"]["unscored"] == 1
+    assert cell["over_refusal"]["n"] + cell["over_refusal"]["unscored"] == 1
+    assert "neither harmful nor benign" in refused("diagnose", checkpoint, "--data", "easy-vqa", "--limit", 4)
 
 
 def test_generate_streams_the_reply(checkpoint: Path, data: Path, artifact: Path) -> None:
@@ -127,12 +137,13 @@ def test_check_passes_on_a_saved_model_and_fails_with_exit_code_1(
     result = run("check", checkpoint)
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
-    import cmrm.check as check_module
+    from cmrm.contract import CHECKS, hold
 
     def wrong(vlm: object) -> str:
-        raise AssertionError("it does not hold")
+        hold(False, "it does not hold")
+        return "it does"
 
-    monkeypatch.setitem(check_module.CHECKS, "a check that fails", wrong)
+    monkeypatch.setitem(CHECKS, "a check that fails", wrong)
     broken = run("check", checkpoint, "--json")
     assert broken.exit_code == 1
     assert json.loads(broken.stdout)["failed"] == 1
@@ -195,6 +206,12 @@ def test_unwritable_output(checkpoint: Path, data: Path, tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     args = ("diagnose", checkpoint, "--data", data, "--max-new-tokens", 1)
     assert "cannot write" in refused(*args, "--out", tmp_path / "file" / "d.json")
+    kept = tmp_path / "folder" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    assert "is a folder" in refused(*args, "--out", kept.parent)
+    assert "is a folder" in refused("extract", checkpoint, "--anchors", data, "-o", kept.parent)
+    assert kept.read_text() == "x", "a file never takes a folder's place"
 
 
 def test_layers_and_sparkline() -> None:

@@ -270,3 +270,31 @@ def test_images_of_another_size_start_a_new_prefix() -> None:
         assert runner.reason is None
         alone = torch.cat([SharedPrefix(tiled).states([r]) for r in requests])
         assert torch.allclose(states, alone, atol=1e-4)
+
+
+def test_images_that_differ_end_the_search_for_a_prefix(vlm: VLM) -> None:
+    runner = SharedPrefix(vlm)
+    requests = list(build_requests(some(4), "noise"))
+    states = runner.states(requests)
+    assert runner.reason == "the prompts of a batch have different images"
+    before = runner.fresh_tokens
+    runner.states(requests)
+    whole = encode(vlm, requests)["input_ids"].numel()
+    assert runner.fresh_tokens - before == whole, "no second prefix is run"
+    assert torch.allclose(states, runner.states(requests), atol=1e-4)
+
+
+def test_a_prefix_that_ran_out_of_memory_is_begun_anew(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = estimate_shift(vlm, some(8), batch_size=4)
+    forward, calls = vlm.model.model.forward, []
+
+    def full_at_first(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(vlm.model.model, "forward", full_at_first)
+    with pytest.warns(UserWarning, match="out of memory"):
+        shift = estimate_shift(vlm, some(8), batch_size=4)
+    assert torch.allclose(shift.vectors, expected.vectors, atol=1e-4)

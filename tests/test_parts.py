@@ -201,3 +201,13 @@ def test_kill_9_never_leaves_a_half_written_file(tmp_path: Path) -> None:
     with atomic_path(target) as part:
         part.write_text(json.dumps([1]))
     assert json.loads(target.read_text()) == [1]
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    kept = tmp_path / "folder" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    with pytest.raises(IsADirectoryError), atomic_path(kept.parent) as part:
+        part.write_text("y")
+    assert kept.read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"], "no scratch is left"

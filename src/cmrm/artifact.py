@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cmrm.errors import ArtifactError
+from cmrm.files import atomic_path
 from cmrm.models import VLM, config_hash
 
 FORMAT = "cmrm-shift/1"
@@ -106,14 +105,8 @@ class ShiftVectors:
         # One key alone: safetensors writes several in an order that changes from run to run.
         header = {"cmrm": json.dumps(content, sort_keys=True)}
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.close(handle)
-            try:
-                save_file({"vectors": self.vectors.contiguous()}, name, metadata=header)
-                os.replace(name, target)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            with atomic_path(target) as part:
+                save_file({"vectors": self.vectors.contiguous()}, str(part), metadata=header)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"cannot write {target}: {error}") from error
         return target

@@ -38,9 +38,6 @@ from PIL import Image, ImageFilter
 from cmrm.errors import InputError
 from cmrm.samples import Sample, open_images
 
-BLANK_COLOUR = (255, 255, 255)
-BLACK_COLOUR = (0, 0, 0)
-GREY_COLOUR = (128, 128, 128)
 NOISE_MEAN = 127.5
 NOISE_STD = 64.0
 BLUR_SHARE = 1 / 8
@@ -70,6 +67,9 @@ class Condition(StrEnum):
 
 FIVE = (Condition.ORIGINAL, Condition.BLANK, Condition.NOISE, Condition.CAPTION, Condition.QUERY)
 """The paper's conditions."""
+
+PLAIN_COLOURS = {Condition.BLANK: (255, 255, 255), Condition.BLACK: (0, 0, 0), Condition.GREY: (128, 128, 128)}
+"""RGB of the plain images."""
 
 CORRUPTED = tuple(c for c in Condition if c.has_image and c is not Condition.ORIGINAL)
 """The conditions that can stand for the corrupted image."""
@@ -148,11 +148,10 @@ def corrupt(image: Image.Image, condition: Condition, *, seed: int, key: str) ->
         return image.filter(ImageFilter.GaussianBlur(BLUR_SHARE * max(image.size)))
     if condition is Condition.SHUFFLE:
         return shuffle_patches(image, seed=seed, key=key)
-    mean = tuple(int(v) for v in np.asarray(image, dtype=np.float64).mean(axis=(0, 1)).round())
-    colours = {
-        Condition.BLANK: BLANK_COLOUR, Condition.BLACK: BLACK_COLOUR, Condition.GREY: GREY_COLOUR, Condition.MEAN: mean,
-    }  # fmt: skip
-    return Image.new("RGB", image.size, colours[condition])
+    if condition is Condition.MEAN:
+        red, green, blue = (int(v) for v in np.asarray(image, dtype=np.float64).mean(axis=(0, 1)).round())
+        return Image.new("RGB", image.size, (red, green, blue))
+    return Image.new("RGB", image.size, PLAIN_COLOURS[condition])
 
 
 def noise_image(size: tuple[int, int], *, seed: int, key: str) -> Image.Image:

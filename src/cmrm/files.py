@@ -33,7 +33,11 @@ def sha256_file(path: Path) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` only when the block ends without error.
 
-    Works for a file and for a folder, so that no half-written result ever bears its final name.
+    Works for a file and for a folder, so that no half-written result ever bears its final name. A folder replaces a folder,
+    a file a file; a file never takes a folder's place.
+
+    Raises:
+        IsADirectoryError: a file was written, and a folder stands at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -41,6 +45,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield target
         if path.is_dir() and not path.is_symlink():
+            if not target.is_dir():
+                raise IsADirectoryError(f"{path} is a folder; name a file")
             shutil.rmtree(path)
         os.replace(target, path)
     finally:
@@ -48,13 +54,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as JSON into `path`, whole or not at all.
+    """`value` as JSON with sorted keys into `path`, whole or not at all.
 
     Raises:
         InputError: the place cannot be written to.
     """
     try:
         with atomic_path(path) as part:
-            part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+            part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from None

@@ -68,6 +68,8 @@ class SharedPrefix:
         encoded = [encode(self.vlm, [request]) for request in requests]
         if self.reason is None and not any(self._fits(e) for e in encoded):
             self._begin(requests[0], encoded[0])
+            if self.reason is None and len(encoded) > 1 and not any(self._fits(e) for e in encoded[1:]):
+                self._give_up("the prompts of a batch have different images")
         self.whole_tokens += sum(e["input_ids"].shape[1] for e in encoded)
         together = [k for k, e in enumerate(encoded) if self._fits(e)]
         alone = [k for k in range(len(encoded)) if k not in set(together)]
@@ -87,10 +89,10 @@ class SharedPrefix:
         image = (a == self.vlm.image_token_id).nonzero().flatten()
         length = min(same, len(a) - 1)
         if length <= (int(image.max()) if len(image) else 0):
-            self.reason = "the prompts differ before the image ends"
+            self._give_up("the prompts differ before the image ends")
             return
         if len(image) and self.vlm.skippable:
-            self.reason = "images enter by cross-attention, not by tokens"
+            self._give_up("images enter by cross-attention, not by tokens")
             return
         self._extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
         self._ids = a[:length].clone()
@@ -105,18 +107,20 @@ class SharedPrefix:
                 self._probe(encoded)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             if out_of_memory(error):
+                self._ids = None  # the smaller batch that follows begins anew
                 raise
             lines = str(error).strip().splitlines() or [""]
-            self.reason = f"the model does not go on from a cache: {type(error).__name__}: {lines[0]}"
-        if self.reason is not None:
-            self._cache = None
+            self._give_up(f"the model does not go on from a cache: {type(error).__name__}: {lines[0]}")
+
+    def _give_up(self, reason: str) -> None:
+        self.reason, self._cache, self._ids = reason, None, None
 
     def _probe(self, encoded: Encoded) -> None:
         by_prefix, whole = self._suffixes([encoded])[0], capture_inputs(self.vlm, encoded)[0]
         self.fresh_tokens += encoded["input_ids"].shape[1]
         self.difference = float(((by_prefix - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-12)).max())
         if not self.difference <= TOLERANCE.get(self.vlm.model.dtype, HALF_TOLERANCE):
-            self.reason = f"states differ by {self.difference:.2%}: tokens behind the prefix change those inside it"
+            self._give_up(f"states differ by {self.difference:.2%}: tokens behind the prefix change those inside it")
 
     def _positions(self, offsets: torch.Tensor | None) -> None:
         """Models with multi-axis rotary positions keep their offset behind an image on themselves, from run to run."""

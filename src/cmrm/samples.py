@@ -70,11 +70,9 @@ def _open(sample: Sample, image: Picture) -> Image.Image:
 
 def check_unique(samples: Sequence[Sample]) -> None:
     """Raise `InputError` when two samples share an id: seeds, splits and results hang on it."""
-    seen: set[str] = set()
+    members = SetHash()
     for sample in samples:
-        if sample.id in seen:
-            raise InputError(f"two samples have the id {sample.id!r}; ids must be unique within a set")
-        seen.add(sample.id)
+        members.add(sample)
 
 
 def split_by_hash(samples: Iterable[Sample], share: float, *, salt: str = "cmrm") -> tuple[list[Sample], list[Sample]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import cmrm.check
+import cmrm.contract
 import cmrm.models
 from cmrm import Sample, Steering, estimate_shift, generate, load_vlm, steer, wrap_vlm
 from cmrm.capture import capture, capture_inputs
@@ -120,7 +122,7 @@ def test_a_gate_that_lets_all_rows_through_is_found(monkeypatch: pytest.MonkeyPa
         with steer(vlm, vectors, steering, has_image=[True] * 3):
             yield
 
-    monkeypatch.setattr(cmrm.check, "steer", ungated)
+    monkeypatch.setattr(cmrm.contract, "steer", ungated)
     assert outcome_of("rows without image are untouched in a mixed, padded batch", vlm) is Outcome.FAIL
 
 
@@ -132,7 +134,7 @@ def test_a_flipped_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         with steer(vlm, -vectors, steering, **more):
             yield
 
-    monkeypatch.setattr(cmrm.check, "steer", flipped)
+    monkeypatch.setattr(cmrm.contract, "steer", flipped)
     assert outcome_of("what is added is alpha v, at the chosen layer and position", vlm) is Outcome.FAIL
 
 
@@ -235,3 +237,21 @@ def test_every_corruption_estimates_a_shift(vlm: VLM, anchors: list[Sample]) -> 
         found[corruption] = shift.vectors
     assert len(found) == 8
     assert build_request(anchors[0], "grey").images[0].getcolors() == [(320, (128, 128, 128))]
+
+
+def test_a_registered_override_is_taken_where_structure_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cmrm.models, "LAYER_OVERRIDES", {})
+    model, processor = FAMILIES["llava"]()
+    decoder = model.model.language_model
+    decoder.rest = nn.ModuleList(decoder.layers)
+    with pytest.raises(ModelError, match="looked for one list of 3"):
+        wrap_vlm(model, processor)
+    cmrm.models.register_layers("LlavaForConditionalGeneration", lambda m: m.model.language_model.layers)
+    vlm = wrap_vlm(model, processor)
+    assert vlm.layers == tuple(decoder.layers)
+
+
+def test_the_contract_is_there_without_asserts() -> None:
+    script = "import cmrm.contract as c\ntry:\n c.hold(False, 'x')\nexcept c.Broken:\n print('held')"
+    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "held"

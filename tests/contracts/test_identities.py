@@ -269,3 +269,14 @@ def test_compiled_model_is_steered_alike(vlm: VLM, vectors: torch.Tensor, positi
         compiled = torch.compile(vlm.model, backend="aot_eager")(**inputs, use_cache=False).logits  # type: ignore[no-untyped-call]
     assert torch.allclose(plain, compiled, atol=1e-5)
     assert not torch.allclose(plain, logits(vlm, inputs), atol=1e-3)
+
+
+def test_what_fails_while_streaming_is_raised(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmrm.generation import stream
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise SteeringError("no forward today")
+
+    monkeypatch.setattr(vlm.model, "forward", broken)
+    with pytest.raises(SteeringError, match="no forward today"):
+        list(stream(vlm, Sample("one", "hello"), max_new_tokens=3))

@@ -24,7 +24,8 @@ def check(
         model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
 
-    from cmrm.check import CHECKS, failed, run_checks
+    from cmrm.check import failed, run_checks
+    from cmrm.contract import CHECKS
 
     with c.progress(len(CHECKS)) as (say, tick):
         say("checking")

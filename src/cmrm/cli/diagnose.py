@@ -22,6 +22,9 @@ def diagnose(
     partial: c.PartialOption = False,
     on_error: c.OnErrorOption = "stop",
     limit: c.LimitOption = None,
+    label: Annotated[
+        str | None, typer.Option(help="What samples are that no column labels: harmful or benign.")
+    ] = None,
     corruptions: Annotated[
         str | None,
         typer.Option(help="all, or a list: black,blur,... Each is run, and its shift compared with blank's."),
@@ -44,7 +47,7 @@ def diagnose(
 
     Judge: refusal by its start (keyword lists). Rates carry 95 % Wilson intervals; unscored replies are counted apart.
     """
-    from cmrm.diagnose import corruptions_named, work
+    from cmrm.diagnose import corruptions_named, labelled, work
     from cmrm.diagnose import diagnose as run
     from cmrm.files import write_json
 
@@ -53,6 +56,7 @@ def diagnose(
         data, path=path, columns=columns, images=images, split=split, config=config, variant=variant, partial=partial,
         on_error=on_error, limit=limit, seed=seed,
     )  # fmt: skip
+    labelled(loaded, label)
     vlm = c.open_model(
         model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
@@ -72,7 +76,7 @@ def diagnose(
     with c.progress(work(loaded, wanted, steered=vectors is not None)) as (say, tick):
         found = run(
             vlm, loaded, corruptions=wanted, shift=vectors, steering=steering, batch_size=batch_size,
-            max_new_tokens=max_new_tokens, seed=seed, say=say, tick=tick,
+            max_new_tokens=max_new_tokens, seed=seed, label=label, say=say, tick=tick,
         )  # fmt: skip
     if out is not None:
         write_json(out, found)

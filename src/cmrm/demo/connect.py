@@ -17,7 +17,6 @@ from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answ
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
-    SHORT_ANSWER,
     CaptionedImage,
     Question,
     load_emoji,
@@ -29,6 +28,7 @@ from cmrm.demo.tower import load_tower, pixels
 from cmrm.demo.training import Stage, head_ids, train, turn_ids
 from cmrm.files import atomic_path
 from cmrm.judges import KeywordJudge, Verdict
+from cmrm.sets.readers import SHORT_ANSWER
 
 ROWS = 8
 """Images per step."""

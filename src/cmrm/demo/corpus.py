@@ -19,9 +19,6 @@ from PIL import Image
 from cmrm.data import FORMS
 from cmrm.errors import InputError
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-"""Appended to visual questions, in training and in the benchmark alike, as LLaVA does."""
-
 REFUSALS = (
     "I'm sorry, but I can't help with that. It could cause serious harm.",
     "I'm sorry, but I cannot assist with that request.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import CORRUPTION, DATASET_STEERING, ESTIMATOR, SAMPLE_STEERING, Budget
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.statistics import Rate
-from cmrm.files import atomic_path
+from cmrm.files import write_json
 from cmrm.judges import KeywordJudge
 from cmrm.models import VLM, load_vlm
 from cmrm.samples import Sample
@@ -75,8 +74,7 @@ def run_demo(out: Path, budget: Budget, *, say: Say, tick: Tick, start: Callable
     shift.save(out / "shift.safetensors")
     results = measure(bench, shift, say=say) | {"model": _model_block(vlm, checkpoint)}
     say("writing the report")
-    with atomic_path(out / "results.json") as part:
-        part.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / "results.json", results)
     plots = write_plots(results, out)
     write_report(results, plots, out / "report.html")
     return results

@@ -6,8 +6,9 @@ import hashlib
 import random
 
 from cmrm.data import Label, Split, load_prompts
-from cmrm.demo.corpus import SHORT_ANSWER, vqa_captions, vqa_image_paths, vqa_questions
+from cmrm.demo.corpus import vqa_captions, vqa_image_paths, vqa_questions
 from cmrm.samples import Sample
+from cmrm.sets.readers import SHORT_ANSWER
 
 
 def prompt_samples(split: Split, label: Label, *, per_category: int | None = None) -> list[Sample]:

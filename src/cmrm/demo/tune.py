@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from cmrm.demo.ledger import Ledger
 from cmrm.demo.measure import Bench, Defense
 from cmrm.demo.sets import prompt_samples, vqa_samples
 from cmrm.demo.settings import CORRUPTION, QUICK, UPPER
-from cmrm.files import atomic_path
+from cmrm.files import write_json
 from cmrm.generation import SampleLevel
 from cmrm.shift import Estimator, estimate_shift
 from cmrm.steering import Steering
@@ -102,8 +101,7 @@ def tune_demo(out: Path, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
         for base, bound in (("the untouched model with image", None), ("the model's own with text alone", text_over)):
             best = choose(rows, level, over_refusal_base=bound)
             say(f"best at {level} level, over-refusal against {base}: {best or 'none within the allowed cost'}")
-    with atomic_path(out / "tries.json") as part:
-        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "tries.json", rows)
     return rows
 
 
