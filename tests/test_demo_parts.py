@@ -37,7 +37,7 @@ def test_training_requests_are_apart_from_anchor_and_test() -> None:
         p.act for p in load_prompts() if p.split != "train"
     }
     for label in ("harmful", "benign"):
-        texts = [t for part in (1, 2, 3, 4) for t in train_texts(label, part)]
+        texts = [t for part in (1, 2, 3, 4, 5) for t in train_texts(label, part)]
         assert not held & set(texts)
     assert not {p.text for p in load_prompts()} & set(generic_instructions())
 
@@ -58,12 +58,15 @@ def test_packed_turns_are_computed_as_if_alone(monkeypatch: pytest.MonkeyPatch) 
         alone = torch.stack([packed_loss(model, pixels, head, [[turn]]) for turn in turns]).mean()
         plain = []
         for ids, n in turns:
-            with torch.autocast("cpu", torch.bfloat16):
-                out = model(input_ids=torch.tensor([head + ids]), pixel_values=pixels).logits[0].float()
+            out = model(input_ids=torch.tensor([head + ids]), pixel_values=pixels).logits[0]
             at = len(head) + len(ids)
-            plain.append(torch.nn.functional.cross_entropy(out[at - n - 1 : at - 1], torch.tensor(ids[-n:])))
+            losses = torch.nn.functional.cross_entropy(
+                out[at - n - 1 : at - 1], torch.tensor(ids[-n:]), reduction="none"
+            )
+            weights = torch.tensor([4.0, 4.0, 1.0]) if n == 3 else torch.ones(n)
+            plain.append((losses * weights).sum() / weights.sum())
     assert torch.allclose(together, alone, atol=2e-2)
-    assert torch.allclose(together, torch.stack(plain).mean(), atol=5e-2)
+    assert torch.allclose(together, torch.stack(plain).mean(), atol=0.1)
 
 
 def test_text_loss_looks_at_answers_only() -> None:
@@ -82,13 +85,19 @@ def test_text_loss_looks_at_answers_only() -> None:
         )
         second = torch.nn.functional.cross_entropy(model(torch.tensor([[6, 7, 8]])).logits[0, 1:2], torch.tensor([8]))
     assert torch.allclose(ours, (first + second) / 2, atol=2e-2)
+    with torch.inference_mode():
+        three = text_loss(model, [([1, 2, 3, 4, 5], 3)])
+        each = torch.nn.functional.cross_entropy(
+            model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, 1:4], torch.tensor([3, 4, 5]), reduction="none"
+        )
+    assert torch.allclose(three, (each * torch.tensor([4.0, 4.0, 1.0])).sum() / 9, atol=2e-2)
 
 
 def test_training_resumes_with_the_same_batches(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
-    def run(folder: Path, *, die_at: int | None) -> torch.Tensor:
+    def run(folder: Path, *, die_at: int | None, average: float | None = None) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.zeros(3))
         count = 0
 
@@ -99,13 +108,18 @@ def test_training_resumes_with_the_same_batches(tmp_path: Path) -> None:
                 raise Killed
             return (weight - torch.tensor([rng.random() for _ in range(3)])).square().sum()
 
-        train(Stage("toy", 12, 0.1, save_every=5), {"w": weight}, loss_of, folder)
+        train(Stage("toy", 12, 0.1, save_every=5), {"w": weight}, loss_of, folder, average=average)
         return weight.detach()
 
     whole = run(tmp_path / "whole", die_at=None)
     with pytest.raises(Killed):
         run(tmp_path / "cut", die_at=7)
     assert torch.equal(run(tmp_path / "cut", die_at=None), whole)
+    mean = run(tmp_path / "mean", die_at=None, average=0.5)
+    assert not torch.equal(mean, whole)
+    with pytest.raises(Killed):
+        run(tmp_path / "mean-cut", die_at=7, average=0.5)
+    assert torch.equal(run(tmp_path / "mean-cut", die_at=None, average=0.5), mean)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -237,10 +237,11 @@ def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM) -> None:
     from cmrm.prefix import shared_prefix
 
     vlm.memo.clear()
-    first = sample_vectors(vlm, some(3), SampleLevel())
+    requests = list(build_requests(some(3), "original"))
+    first = sample_vectors(vlm, requests, SampleLevel())
     runner = shared_prefix(vlm, "blank")
     before = runner.fresh_tokens
-    again = sample_vectors(vlm, some(3), SampleLevel())
+    again = sample_vectors(vlm, requests, SampleLevel())
     assert torch.allclose(first, again, atol=1e-5)
     assert shared_prefix(vlm, "blank") is runner
     suffixes = runner.whole_tokens // 2 - 3 * runner.tokens

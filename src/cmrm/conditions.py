@@ -29,8 +29,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import count
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -76,8 +78,20 @@ CORRUPTED = tuple(c for c in Condition if c.has_image and c is not Condition.ORI
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One earlier turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    text: str
+    """What is said."""
+    images: tuple[Image.Image, ...] = ()
+    """RGB, before the text."""
+
+
+@dataclass(frozen=True)
 class Request:
-    """What is put before the chat template: one user turn."""
+    """What is put before the chat template: a user turn, and what was said before it."""
 
     text: str
     """The turn's text."""
@@ -85,6 +99,27 @@ class Request:
     """RGB; empty for text-only."""
     image_last: bool = False
     """Images behind the text instead of before it."""
+    before: tuple[Turn, ...] = ()
+    """Turns of the conversation before this one: a system turn, earlier questions and replies."""
+
+    @property
+    def all_images(self) -> tuple[Image.Image, ...]:
+        """The conversation's images in the order of its turns."""
+        return (*(image for turn in self.before for image in turn.images), *self.images)
+
+    def without_images(self) -> Request:
+        """The same conversation as text alone."""
+        return replace(self, images=(), before=tuple(replace(turn, images=()) for turn in self.before))
+
+    def corrupted(self, condition: Condition, *, seed: int, key: str) -> Request:
+        """The same conversation, each of its images corrupted; the first one's noise is drawn for `key`."""
+        keys = (key if k == 0 else f"{key}\x00{k}" for k in count())
+
+        def changed(images: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
+            return tuple(corrupt(image, condition, seed=seed, key=next(keys)) for image in images)
+
+        before = tuple(replace(turn, images=changed(turn.images)) for turn in self.before)
+        return replace(self, images=changed(self.images), before=before)
 
 
 def build_request(
@@ -114,10 +149,7 @@ def build_request(
         donated = open_images(donors[sample.id])[0]
         images = tuple(donated.resize(image.size) for image in images)
     elif condition is not Condition.ORIGINAL:
-        images = tuple(
-            corrupt(image, condition, seed=seed, key=sample.id if k == 0 else f"{sample.id}\x00{k}")
-            for k, image in enumerate(images)
-        )
+        return Request(sample.query, images, sample.image_last).corrupted(condition, seed=seed, key=sample.id)
     return Request(sample.query, images, sample.image_last)
 
 

@@ -316,9 +316,9 @@ def _restored(vlm: VLM) -> str:
 
 
 def _sample_level(vlm: VLM) -> str:
-    samples = _samples()
-    together = sample_vectors(vlm, samples, SampleLevel())
-    alone = torch.cat([sample_vectors(vlm, [s], SampleLevel()) for s in samples])
+    requests = [build_request(s, Condition.ORIGINAL) for s in _samples()]
+    together = sample_vectors(vlm, requests, SampleLevel())
+    alone = torch.cat([sample_vectors(vlm, [r], SampleLevel()) for r in requests])
     scale = capture_inputs(vlm, encode(vlm, [_with_image()])).norm(dim=-1).max()
     worst = float((together - alone).norm(dim=-1).max() / scale)
     hold(worst <= _tolerance(vlm), f"a row's vector differs by {worst:.2%} of a state's norm between batch and alone")

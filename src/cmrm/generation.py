@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from cmrm.artifact import ShiftVectors
 from cmrm.batching import in_batches
-from cmrm.conditions import Condition, Request, build_request, build_requests, choose_donors
+from cmrm.conditions import Condition, Request, build_request, choose_donors
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
 from cmrm.prefix import shared_prefix
@@ -145,7 +145,6 @@ def stream(
     yield Generation(sample.id, condition, texts[0], counts[0])
 
 
-@torch.inference_mode()
 def _one_batch(
     vlm: VLM,
     samples: list[Sample],
@@ -155,19 +154,31 @@ def _one_batch(
     max_new_tokens: int,
     streamer: Any = None,
 ) -> tuple[list[str], list[int]]:
-    inputs = encode(vlm, requests)
+    context: AbstractContextManager[None] = nullcontext()
     if isinstance(shift, SampleLevel):
-        rows = sample_vectors(vlm, samples, shift) if any(r.images for r in requests) else None
-        context = steer(vlm, rows, steering) if rows is not None else nullcontext()
+        if any(r.all_images for r in requests):
+            with torch.inference_mode():
+                rows = sample_vectors(vlm, requests, shift, keys=[s.id for s in samples])
+            context = steer(vlm, rows, steering)
     elif shift is not None:
         context = steer(vlm, shift, steering)
-    else:
-        context = nullcontext()
     with context:
-        out = vlm.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=vlm.tokenizer.pad_token_id,
-            streamer=streamer,
-        )  # fmt: skip
+        return complete(vlm, requests, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+@torch.inference_mode()
+def complete(
+    vlm: VLM, requests: Sequence[Request], *, max_new_tokens: int, streamer: Any = None, **options: Any
+) -> tuple[list[str], list[int]]:
+    """One batch of conversations: replies, and generated tokens of each. Greedy unless `options` of `generate` say otherwise.
+
+    Special tokens are removed, and white space at both ends.
+    """
+    inputs = encode(vlm, requests)
+    out = vlm.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=vlm.tokenizer.pad_token_id, streamer=streamer,
+        **({"do_sample": False} | options),
+    )  # fmt: skip
     new = out[:, inputs["input_ids"].shape[1] :]
     texts = [str(t).strip() for t in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
     ends = vlm.model.generation_config.eos_token_id
@@ -177,11 +188,22 @@ def _one_batch(
     return texts, [int(c) for c in counts]
 
 
-def sample_vectors(vlm: VLM, samples: Sequence[Sample], level: SampleLevel) -> torch.Tensor:
-    """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `samples[i]`.
+def sample_vectors(
+    vlm: VLM, requests: Sequence[Request], level: SampleLevel, *, keys: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `requests[i]`; zero without an image.
 
-    The system prompt and a constant corrupted image are run once for all calls (`prefix.shared_prefix`).
+    `keys` seed the corruption of each row's images (default: its text). The system prompt and a constant corrupted image are run once for all
+    calls (`prefix.shared_prefix`).
     """
-    text = shared_prefix(vlm, "query").states(list(build_requests(samples, Condition.QUERY)))
-    corrupted = list(build_requests(samples, level.corruption, seed=level.seed))
-    return text - shared_prefix(vlm, level.corruption.value).states(corrupted)
+    found = torch.zeros(len(requests), vlm.n_layers, vlm.hidden_size)
+    rows = [k for k, request in enumerate(requests) if request.all_images]
+    if rows:
+        text = [requests[k].without_images() for k in rows]
+        corrupted = [
+            requests[k].corrupted(level.corruption, seed=level.seed, key=keys[k] if keys else requests[k].text)
+            for k in rows
+        ]
+        h_t = shared_prefix(vlm, "query").states(text)
+        found[rows] = h_t - shared_prefix(vlm, level.corruption.value).states(corrupted)
+    return found

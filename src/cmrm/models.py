@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -212,25 +213,33 @@ def config_hash(vlm: VLM) -> str:
     return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()
 
 
-def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch of single-turn prompts, LEFT-padded, on the model's device.
+def _turn(role: str, text: str, images: int, *, image_last: bool = False) -> dict[str, Any]:
+    pictures: list[dict[str, str]] = [{"type": "image"}] * images
+    said: list[dict[str, str]] = [{"type": "text", "text": text}]
+    return {"role": role, "content": said + pictures if image_last else pictures + said}
 
-    Each request passes through the model's own chat template with the generation prompt. Rows with and without images
+
+def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch of prompts, LEFT-padded, on the model's device.
+
+    Each conversation passes through the model's own chat template with the generation prompt. Rows with and without images
     may be mixed. Returns at least `input_ids` and `attention_mask`, int64 [B, T]; `pixel_values` in the model's dtype
     where any row has an image; whatever else the model's forward takes.
 
     Raises:
-        InputError: the batch is empty, or a prompt is longer than the model's context.
+        InputError: the batch is empty, the chat template refuses a conversation, or a prompt is longer than the model's context.
     """
     if not requests:
         raise InputError("no prompts were given")
     texts = []
     for request in requests:
-        images: list[dict[str, str]] = [{"type": "image"}] * len(request.images)
-        said: list[dict[str, str]] = [{"type": "text", "text": request.text}]
-        turn = [{"role": "user", "content": said + images if request.image_last else images + said}]
-        texts.append(vlm.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    nested = [list(request.images) for request in requests]
+        turns = [_turn(turn.role, turn.text, len(turn.images)) for turn in request.before]
+        turns.append(_turn("user", request.text, len(request.images), image_last=request.image_last))
+        try:
+            texts.append(vlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, TypeError) as error:
+            raise InputError(f"the model's chat template does not take this conversation: {error}") from error
+    nested = [list(request.all_images) for request in requests]
     tokenizer = vlm.tokenizer
     bos = tokenizer.bos_token
     side, tokenizer.padding_side = tokenizer.padding_side, "left"

@@ -13,11 +13,12 @@ After decoder block l:  h <- h + alpha * delta_l  at the chosen positions of row
 | `all` | every position, prompt and generated |
 | `after_image` | every position after the row's last image token of the prompt, and every generated token |
 | `generated` | generated tokens alone |
+| `last_prompt` | the last prompt token alone |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -31,7 +32,7 @@ from cmrm.errors import InputError, SteeringError
 from cmrm.models import VLM
 
 Schedule = Literal["telescoped", "per_layer"]
-Positions = Literal["last", "all", "after_image", "generated"]
+Positions = Literal["last", "all", "after_image", "generated", "last_prompt"]
 
 
 @dataclass(frozen=True)
@@ -141,24 +142,44 @@ def steer(
         )
     if not torch.isfinite(vectors).all():
         raise InputError("vectors hold NaN or infinity; extract them anew")
-    state = _Rows(vlm.image_token_id, steering.positions, has_image)
-    deltas = layer_deltas(vectors.float(), steering)
+    edits = {layer: _adder(delta, steering) for layer, delta in layer_deltas(vectors.float(), steering).items()}
+    with edit_states(vlm, edits, steering.positions, has_image=has_image):
+        yield
+
+
+Edit = Callable[[torch.Tensor, "Rows"], torch.Tensor]
+"""The output of a decoder block, [B, T, d], to what takes its place; `Rows.factor` says which positions are meant."""
+
+
+@contextmanager
+def edit_states(
+    vlm: VLM,
+    edits: Mapping[int, Edit],
+    positions: Positions,
+    *,
+    has_image: Sequence[bool] | torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Put `edits[l]` behind decoder block l in every forward pass inside the block; `steer` and other defences use it.
+
+    Raises:
+        SteeringError: on exit, when an edited layer never ran; inside, when rows do not fit or the prompt cannot be seen.
+    """
+    state = Rows(vlm.image_token_id, positions, has_image)
     fired: set[int] = set()
     handles = [vlm.model.register_forward_pre_hook(state.see, with_kwargs=True)]
     try:
-        for layer, delta in deltas.items():
-            hook = _adder(layer, delta, steering, state, fired)
-            handles.append(vlm.layers[layer].register_forward_hook(hook))
+        for layer, edit in edits.items():
+            handles.append(vlm.layers[layer].register_forward_hook(_hook(layer, edit, state, fired)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-    silent = sorted(set(deltas) - fired - (vlm.skippable if fired else set()))
+    silent = sorted(set(edits) - fired - (vlm.skippable if fired else set()))
     if silent:
         raise SteeringError(f"steering never reached decoder layers {silent}: no forward pass of this model ran there")
 
 
-class _Rows:
+class Rows:
     """Which positions of the pass at hand are steered, worked out once per forward pass of the whole model."""
 
     def __init__(self, image_token_id: int, positions: str, has_image: Sequence[bool] | torch.Tensor | None) -> None:
@@ -202,10 +223,11 @@ class _Rows:
             if self.decoding and self.shape == shape:
                 return
             self.decoding = True
-            self._set(self.gate.to(device)[:, None])
+            gate = self.gate.to(device)[:, None]
+            self._set(torch.zeros_like(gate) if self.positions == "last_prompt" else gate)
             return
         self.decoding = False
-        if fresh and self.positions in {"last", "generated"}:
+        if fresh and self.positions in {"last", "generated", "last_prompt"}:
             self._refuse_recomputation(ids)
         is_image = (
             ids == self.image_token_id if ids is not None else torch.zeros(shape, dtype=torch.bool, device=device)
@@ -242,7 +264,9 @@ class _Rows:
         rows, width = shape
         generated = not fresh and width == 1
         everywhere = torch.ones(rows, width, dtype=torch.bool, device=device)
-        if generated or self.positions == "all":
+        if generated and self.positions == "last_prompt":
+            chosen = ~everywhere
+        elif generated or self.positions == "all":
             chosen = everywhere
         elif self.positions == "generated":
             chosen = ~everywhere
@@ -264,38 +288,43 @@ class _Rows:
         return torch.full((rows,), width - 1, device=device)
 
 
-def _adder(
-    layer: int, delta: torch.Tensor, steering: Steering, state: _Rows, fired: set[int]
-) -> Callable[[nn.Module, Any, Any], Any]:
-    placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-
+def _hook(layer: int, edit: Edit, state: Rows, fired: set[int]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_of(output)
         fired.add(layer)
-        if steering.alpha == 0:
-            return None
         if state.mask is None or state.shape != hidden.shape[:2]:
             raise SteeringError(
                 f"decoder layer {layer} ran on {tuple(hidden.shape[:2])} positions that the model's own call did not "
                 "announce; call the whole model, not a part of it, inside steer()"
             )
+        edited = edit(hidden, state)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+def _adder(delta: torch.Tensor, steering: Steering) -> Edit:
+    placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def edit(hidden: torch.Tensor, state: Rows) -> torch.Tensor:
+        if steering.alpha == 0:
+            return hidden
         key = (hidden.device, hidden.dtype)
         if key not in placed:
             placed[key] = delta.to(hidden.device, hidden.dtype)
         addend = placed[key]
         if addend.dim() == 2:
             addend = _per_row(addend, hidden.shape[0])[:, None, :]
-        if steering.preserve_norm:
-            moved = hidden + addend
-            before = hidden.float().norm(dim=-1, keepdim=True)
-            after = moved.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            moved = (moved.float() * (before / after)).to(hidden.dtype)
-            mixed = torch.where(state.mask.to(hidden.device)[..., None], moved, hidden)
-        else:
-            mixed = torch.addcmul(hidden, state.factor(hidden), addend)
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+        if not steering.preserve_norm:
+            return torch.addcmul(hidden, state.factor(hidden), addend)
+        moved = hidden + addend
+        before = hidden.float().norm(dim=-1, keepdim=True)
+        after = moved.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved = (moved.float() * (before / after)).to(hidden.dtype)
+        assert state.mask is not None
+        return torch.where(state.mask.to(hidden.device)[..., None], moved, hidden)
 
-    return hook
+    return edit
 
 
 def _per_row(addend: torch.Tensor, rows: int) -> torch.Tensor:

@@ -214,7 +214,7 @@ def test_a_hook_that_never_ran_raises(vlm: VLM, vectors: torch.Tensor) -> None:
 
 
 def test_sample_level_gives_each_row_its_own_vector(vlm: VLM, anchors: list[Sample]) -> None:
-    rows = sample_vectors(vlm, anchors[:3], SampleLevel())
+    rows = sample_vectors(vlm, [build_request(a, "original") for a in anchors[:3]], SampleLevel())
     for k, anchor in enumerate(anchors[:3]):
         text = capture_inputs(vlm, encode(vlm, [build_request(anchor, "query")]))[0]
         blank = capture_inputs(vlm, encode(vlm, [build_request(anchor, "blank")]))[0]

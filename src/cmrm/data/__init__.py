@@ -11,7 +11,7 @@ from typing import Literal
 
 Label = Literal["harmful", "benign"]
 Split = Literal["train", "anchor", "test"]
-Part = Literal[1, 2, 3, 4]
+Part = Literal[1, 2, 3, 4, 5]
 
 FORMS = (
     "How do I {}?",
@@ -73,9 +73,8 @@ def load_prompts() -> tuple[Prompt, ...]:
 
 
 def train_texts(label: Label, part: Part) -> list[str]:
-    """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; parts 2 and
-    3: those parts of that file. Part 3, all benign, is for visual instruction tuning alone; part
-    4 was written after the shipped weights were trained, which have not seen it.
+    """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; the others:
+    those parts of that file. Parts 3 and 5, all benign, are for visual instruction tuning alone.
 
     The requests of `train_extra.csv` share less than half of their words with any anchor or test request.
     """

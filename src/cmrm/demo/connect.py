@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from cmrm.data import Prompt, load_prompts
-from cmrm.demo.align import Answer, aligned_backbone, benign_answers, split_answers
+from cmrm.data import Part, Prompt, load_prompts
+from cmrm.demo.align import FIRST_WEIGHT, PARTS, Answer, aligned_backbone, benign_answers, split_answers
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
+    SHORT_ANSWER,
     CaptionedImage,
     Question,
     load_emoji,
@@ -28,14 +29,15 @@ from cmrm.demo.tower import load_tower, pixels
 from cmrm.demo.training import Stage, head_ids, train, turn_ids
 from cmrm.files import atomic_path
 from cmrm.judges import KeywordJudge, Verdict
-from cmrm.sets.readers import SHORT_ANSWER
 
 ROWS = 8
 """Images per step."""
 QUESTIONS = 9
 """Visual questions packed behind one image."""
-INSTRUCTIONS = 3
-"""Benign instructions packed behind one image."""
+INSTRUCTIONS = {"connect": 3, "instruct": 5}
+"""Benign instructions packed behind one image, in each run."""
+FRESH_PARTS: tuple[Part, ...] = (3, 5)
+"""Parts of the further requests that the alignment never saw: benign look-alikes alone."""
 
 Turn = tuple[list[int], int]
 
@@ -52,7 +54,7 @@ def packed_loss(
 
     The tokens of a turn see the shared head (system turn, image) and their own turn only, and every turn's positions
     start right after the head: each is computed exactly as it would be alone. Per turn the cross-entropy of its target
-    tokens is averaged, then turns are averaged.
+    tokens is averaged, the first two weighing `FIRST_WEIGHT` as in the alignment, then turns are averaged.
     """
     width = max(len(head) + sum(len(ids) for ids, _ in row) for row in rows)
     size = len(rows)
@@ -71,7 +73,9 @@ def packed_loss(
             input_ids[i, at:end] = torch.tensor(ids)
             turn_of[i, at:end] = k
             positions[i, at:end] = torch.arange(len(head), len(head) + len(ids))
-            weights[i, end - n - 1 : end - 1] = 1.0 / (n * total)
+            share = torch.ones(n)
+            share[:2] = FIRST_WEIGHT if n > 2 else 1.0
+            weights[i, end - n - 1 : end - 1] = share / share.sum() / total
             at = end
     same = turn_of[:, None, :] == turn_of[:, :, None]
     to_head = (turn_of == 0)[:, None, :]
@@ -96,13 +100,13 @@ def packed_loss(
 
 
 def connect(
-    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 180
+    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 240
 ) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
     Each step sees `ROWS` images: half with easy-VQA questions and a caption question behind each, half (easy-VQA
     training images and emoji) with benign instructions and a caption question. Two runs: in `connect` the instructions
-    are those of the alignment; in `instruct` two of three are look-alikes that the alignment never saw (part 3), as the
+    are those of the alignment; in `instruct` four of five are look-alikes that the alignment never saw, as the
     instructions of a real visual tuning set are new to the backbone. `curve.jsonl` in each run's folder records, on training
     and anchor data, refusal with image, over-refusal with image and easy-VQA accuracy over steps.
     """
@@ -124,8 +128,8 @@ def connect(
     asked: dict[int, list[Question]] = {}
     for question in vqa_questions("train"):
         asked.setdefault(question.image_id, []).append(question)
-    look_alikes, plain = split_answers(benign_answers(folder, 1) + benign_answers(folder, 2))
-    fresh = benign_answers(folder, 3)
+    look_alikes, plain = split_answers([a for part in PARTS for a in benign_answers(folder, part)])
+    fresh = [a for part in FRESH_PARTS for a in benign_answers(folder, part)]
 
     def told(answer: Answer) -> Turn:
         return turn_ids(tokenizer, answer["question"], answer["answer"], whole=answer["whole"])
@@ -133,7 +137,7 @@ def connect(
     def caption(image: CaptionedImage, rng: random.Random) -> Turn:
         return turn_ids(tokenizer, rng.choice(CAPTION_QUESTIONS), f"This is {image.caption}.", whole=True)
 
-    def loss_on(rng: random.Random, pool_of_two: list[Answer], pool_of_one: list[Answer]) -> torch.Tensor:
+    def loss_on(rng: random.Random, run: str, most: list[Answer], one: list[Answer]) -> torch.Tensor:
         rows: list[list[Turn]] = []
         images = []
         for k in rng.sample(range(len(shapes)), ROWS // 2):
@@ -146,7 +150,7 @@ def connect(
         for _ in range(ROWS - ROWS // 2):
             pool, tensors = (shapes, shape_pixels) if rng.random() < 0.5 else (drawn, drawn_pixels)
             k = rng.randrange(len(pool))
-            said = rng.sample(pool_of_two, INSTRUCTIONS - 1) + rng.sample(pool_of_one, 1)
+            said = rng.sample(most, INSTRUCTIONS[run] - 1) + rng.sample(one, 1)
             rows.append([*(told(a) for a in said), caption(pool[k], rng)])
             images.append(tensors[k])
         return packed_loss(model, torch.stack(images), head, rows)
@@ -155,12 +159,18 @@ def connect(
         return anchor_figures(model, tokenizer, head)
 
     first = Stage("connect", 2 * connect_steps, 1e-3, until=connect_steps, save_every=75)
-    second = Stage("instruct", instruct_steps, 6e-4, save_every=60)
-    train(first, parameters, lambda rng: loss_on(rng, look_alikes, plain), folder / first.name, on_checkpoint=measure)
+    second = Stage("instruct", instruct_steps, 1e-3, save_every=60)
+    train(
+        first,
+        parameters,
+        lambda rng: loss_on(rng, first.name, look_alikes, plain),
+        folder / first.name,
+        on_checkpoint=measure,
+    )
     train(
         second,
         parameters,
-        lambda rng: loss_on(rng, fresh, look_alikes + plain),
+        lambda rng: loss_on(rng, second.name, fresh, look_alikes + plain),
         folder / second.name,
         on_checkpoint=measure,
     )

@@ -54,12 +54,14 @@ def train(
     folder: Path,
     *,
     on_checkpoint: Callable[[int], dict[str, float]] | None = None,
+    average: float | None = None,
 ) -> None:
     """Run `stage`: at every step `loss_of(rng)` draws its batch from a generator that depends on seed and step alone.
 
     A run that is started again after a kill goes on from the last checkpoint and draws the same batches that it would
     have drawn. One JSON line per checkpoint is appended to `folder/curve.jsonl`: step, mean loss since the last line,
-    and what `on_checkpoint(step)` measures.
+    and what `on_checkpoint(step)` measures. With `average`, an exponential moving average of the parameters with that decay
+    is kept, and the parameters end as that average.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
@@ -76,6 +78,9 @@ def train(
                 parameter.copy_(state["parameters"][name])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+    averaged = {n: p.detach().clone() for n, p in parameters.items()} if average is not None else {}
+    if averaged and start:
+        averaged = state["averaged"]
     recent: list[float] = []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
@@ -89,6 +94,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * learning_rate(stage, step)
             loss = loss_of(random.Random(f"{SEED}-{stage.name}-{step}"))
+            with torch.no_grad():
+                for name, mean in averaged.items():
+                    mean.lerp_(parameters[name], 1.0 - (average or 0.0))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
@@ -101,6 +109,7 @@ def train(
                     "step": done,
                     "parameters": {n: p.detach().clone() for n, p in parameters.items()},
                     "optimizer": optimizer.state_dict(),
+                    "averaged": averaged,
                 }
                 with atomic_path(checkpoint) as part:
                     torch.save(state, part)
@@ -111,6 +120,9 @@ def train(
                     handle.write(json.dumps(line) + "\n")
                 progress.console.print(f"{stage.name}: {line}")
                 recent = []
+    with torch.no_grad():
+        for name, mean in averaged.items():
+            parameters[name].copy_(mean)
 
 
 def head_ids(tokenizer: PreTrainedTokenizerBase, *, image: bool) -> list[int]:

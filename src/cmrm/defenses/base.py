@@ -1,0 +1,240 @@
+"""What a defence is: it may rewrite what is asked, steer the model while it answers, and revise what was answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cmrm.conditions import Request
+from cmrm.errors import ArtifactError, InputError
+from cmrm.files import atomic_path
+from cmrm.generation import complete
+from cmrm.models import VLM, config_hash
+from cmrm.samples import Sample
+
+FORMAT = "cmrm-defense/1"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply."""
+
+    text: str
+    """Special tokens removed, white space stripped at both ends."""
+    tokens: int
+    """Generated tokens of this reply, the end-of-turn token included; those of questions that a defence asks on the way are
+    not among them."""
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a defence may be fitted on: anchors, never test samples."""
+
+    harmful: Sequence[Sample]
+    """Harmful requests, each with an image."""
+    benign: Sequence[Sample]
+    """Benign requests; their images are not looked at."""
+    batch_size: int = 16
+    """Prompts per forward pass."""
+
+
+class Defense:
+    """An inference-time defence; a subclass overrides what it does and leaves the rest.
+
+    Rows without an image are never touched by the defences here: there the backbone is in its own distribution.
+    """
+
+    name: ClassVar[str] = ""
+    """What `--defenses` takes."""
+    source: ClassVar[str] = ""
+    """Paper."""
+    needs_fit: ClassVar[bool] = False
+    """Whether `fit` has to be run, or its outcome loaded, before anything is asked."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, torch.Tensor] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the defence was set to, for every output."""
+        return {}
+
+    def fit(self, vlm: VLM, data: FitData) -> None:
+        """Compute `state` (float32 tensors) from anchors."""
+
+    def rewrite(self, vlm: VLM, requests: Sequence[Request]) -> list[Request]:
+        """What is asked instead of `requests`, row by row."""
+        return list(requests)
+
+    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
+        """A context in which the model is steered while it answers this batch. Extra passes are run before it is entered."""
+        return nullcontext()
+
+    def revise(
+        self, vlm: VLM, requests: Sequence[Request], replies: Sequence[Reply], *, max_new_tokens: int
+    ) -> list[Reply]:
+        """What is answered instead of `replies`, row by row."""
+        return list(replies)
+
+    def save(self, path: Path, vlm: VLM) -> None:
+        """Write `state`, bound to this model, as safetensors."""
+        metadata = {"cmrm": f"{FORMAT}\n{self.name}\n{config_hash(vlm)}"}
+        tensors = {k: v.float().contiguous() for k, v in self.state.items()}
+        with atomic_path(path) as part:
+            save_file(tensors, str(part), metadata=metadata)
+
+    def load(self, path: Path, vlm: VLM) -> None:
+        """Read `state` as `save` wrote it.
+
+        Raises:
+            ArtifactError: the file is none of this defence's, or was fitted on another model.
+        """
+        try:
+            with safe_open(str(path), "pt") as handle:
+                held = ((handle.metadata() or {}).get("cmrm") or "").split("\n")
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
+        if held[:2] != [FORMAT, self.name]:
+            raise ArtifactError(f"{path} holds no fitted {self.name}")
+        if held[2] != config_hash(vlm):
+            raise ArtifactError(f"{path} was fitted on another model than {vlm.model_id}; fit it anew")
+        self.state = tensors
+
+    def fitted(self, name: str) -> torch.Tensor:
+        """One tensor of `state`.
+
+        Raises:
+            InputError: the defence was not fitted.
+        """
+        if name not in self.state:
+            raise InputError(f"the defence {self.name!r} has to be fitted on anchors first")
+        return self.state[name]
+
+
+class Stack(Defense):
+    """Several defences at once: rewritten from left to right, steered together, revised from left to right."""
+
+    def __init__(self, parts: Sequence[Defense]) -> None:
+        super().__init__()
+        self.parts = list(parts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the parts, by name."""
+        return {part.name: part.settings for part in self.parts}
+
+    def fit(self, vlm: VLM, data: FitData) -> None:
+        """Fit every part."""
+        for part in self.parts:
+            part.fit(vlm, data)
+
+    def rewrite(self, vlm: VLM, requests: Sequence[Request]) -> list[Request]:
+        """All rewrites, one after the other."""
+        for part in self.parts:
+            requests = part.rewrite(vlm, requests)
+        return list(requests)
+
+    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
+        """All at once; the extra passes of each are run on the unsteered model."""
+        return _all([part.steering(vlm, requests, keys) for part in self.parts])
+
+    def revise(
+        self, vlm: VLM, requests: Sequence[Request], replies: Sequence[Reply], *, max_new_tokens: int
+    ) -> list[Reply]:
+        """All revisions, one after the other."""
+        for part in self.parts:
+            replies = part.revise(vlm, requests, replies, max_new_tokens=max_new_tokens)
+        return list(replies)
+
+
+@contextmanager
+def _all(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@torch.inference_mode()
+def respond(
+    vlm: VLM,
+    defense: Defense,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int,
+    keys: Sequence[str] | None = None,
+    **options: Any,
+) -> list[Reply]:
+    """Replies of the defended model to one batch of conversations, in order.
+
+    Args:
+        vlm: the model.
+        defense: what defends it.
+        requests: one batch.
+        max_new_tokens: length limit of a reply.
+        keys: seeds of what a defence draws per row (a noise image); its text where None.
+        options: of transformers' `generate`, for the reply itself; greedy without.
+    """
+    held = list(keys) if keys is not None else [request.text for request in requests]
+    asked = defense.rewrite(vlm, requests)
+    with defense.steering(vlm, asked, held):
+        texts, counts = complete(vlm, asked, max_new_tokens=max_new_tokens, **options)
+    replies = [Reply(text, count) for text, count in zip(texts, counts, strict=True)]
+    return defense.revise(vlm, asked, replies, max_new_tokens=max_new_tokens)
+
+
+@dataclass
+class Meter:
+    """Counts what passes through the backbone, and the time that it takes."""
+
+    prefills: int = 0
+    """Prompts, or parts of them behind a cached prefix, that were run."""
+    prompt_tokens: int = 0
+    """Their tokens, padding included."""
+    decoded_tokens: int = 0
+    """Tokens that were run one at a time."""
+    seconds: float = 0.0
+    """Wall-clock time inside `watching`."""
+    requests: int = 0
+    """Requests that were answered, as the caller says."""
+    handles: list[Any] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def watching(self, vlm: VLM, requests: int) -> Iterator[None]:
+        """Count inside the block, for so many requests."""
+        handle = vlm.layers[0].register_forward_pre_hook(self._see, with_kwargs=True)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+            self.requests += requests
+            handle.remove()
+
+    def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows, width = hidden.shape[:2]
+        if width == 1:
+            self.decoded_tokens += rows
+        else:
+            self.prefills += rows
+            self.prompt_tokens += rows * width
+
+    def per_request(self) -> dict[str, float]:
+        """All of it divided by the number of requests."""
+        n = max(1, self.requests)
+        return {
+            "prefills": round(self.prefills / n, 3),
+            "prompt_tokens": round(self.prompt_tokens / n, 1),
+            "decoded_tokens": round(self.decoded_tokens / n, 1),
+            "seconds": round(self.seconds / n, 4),
+        }

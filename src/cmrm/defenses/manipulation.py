@@ -1,0 +1,83 @@
+"""CMRM (Liu et al., arXiv 2410.09047) as defences: dataset level and sample level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from cmrm.conditions import Condition, Request
+from cmrm.defenses.base import Defense, FitData
+from cmrm.generation import SampleLevel, sample_vectors
+from cmrm.models import VLM
+from cmrm.shift import Estimator, estimate_shift
+from cmrm.steering import Positions, Schedule, Steering, steer
+
+
+class _Steered(Defense):
+    """What both levels are set to."""
+
+    source = "CMRM, arXiv 2410.09047"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        schedule: Schedule = "telescoped",
+        positions: Positions = "last",
+        layers: Sequence[int] | None = None,
+        preserve_norm: bool = False,
+        corruption: str = "blank",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.setting = Steering(
+            alpha, schedule, positions, tuple(layers) if layers is not None else None, preserve_norm
+        )
+        self.level = SampleLevel(Condition(corruption), seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Steering, and what stands for the image."""
+        return {**asdict(self.setting), "corruption": self.level.corruption.value, "seed": self.level.seed}
+
+
+class CmrmDataset(_Steered):
+    """Vectors that are estimated once, on anchors; no extra pass."""
+
+    name = "cmrm_dataset"
+    needs_fit = True
+
+    def __init__(self, *, estimator: Estimator = "pca", **setting: Any) -> None:
+        super().__init__(**setting)
+        self.estimator: Estimator = estimator
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the steering, and the estimator."""
+        return {**super().settings, "estimator": self.estimator}
+
+    def fit(self, vlm: VLM, data: FitData) -> None:
+        """`shift.estimate_shift` on the harmful anchors."""
+        shift = estimate_shift(
+            vlm, data.harmful, estimator=self.estimator, corruption=self.level.corruption, seed=self.level.seed,
+            batch_size=data.batch_size,
+        )  # fmt: skip
+        self.state = {"vectors": shift.vectors}
+
+    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
+        """Every row with an image by the same vectors."""
+        return steer(vlm, self.fitted("vectors"), self.setting)
+
+
+class CmrmSample(_Steered):
+    """Each row by its own shift: two extra passes, on cached prefixes where the model allows it."""
+
+    name = "cmrm_sample"
+
+    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
+        """Nothing to do where no row has an image."""
+        if not any(request.all_images for request in requests):
+            return nullcontext()
+        return steer(vlm, sample_vectors(vlm, requests, self.level, keys=keys), self.setting)
