@@ -9,7 +9,7 @@ import pandas as pd
 
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import Agreement, agreement
-from cmrm.judges.keyword import KeywordJudge, Verdict
+from cmrm.judges import Judge, KeywordJudge, Verdict
 
 COLUMNS = ("prompt", "completion", "final_label")
 REFUSAL_LABELS = ("2_full_refusal", "3_partial_refusal")
@@ -37,9 +37,9 @@ def read_labelled(path: Path) -> pd.DataFrame:
     return table
 
 
-def agreement_of_files(paths: Sequence[Path]) -> dict[str, Agreement]:
-    """The keyword judge against people, per file and, with more than one, over all of them."""
-    judge = KeywordJudge()
+def agreement_of_files(paths: Sequence[Path], judge: Judge | None = None) -> dict[str, Agreement]:
+    """A judge (None: the keyword lists) against people, per file and, with more than one, over all of them."""
+    judge = judge or KeywordJudge()
     verdicts: dict[str, list[Verdict]] = {}
     people: dict[str, list[bool]] = {}
     for path in paths:
@@ -53,3 +53,32 @@ def agreement_of_files(paths: Sequence[Path]) -> dict[str, Agreement]:
             [v for rows in verdicts.values() for v in rows], [r for rows in people.values() for r in rows]
         )
     return found
+
+
+def train_regression(paths: Sequence[Path], out: Path) -> tuple[Agreement, Agreement]:
+    """Train the ensemble's regression on labelled files into `out`; held-out agreement of regression and ensemble.
+
+    Held out: five folds by prompt, so that no prompt is trained on and judged in the same fold, whatever file it is in.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    from cmrm.files import sha256_file
+    from cmrm.judges.ensemble import EnsembleJudge, Regression, RegressionJudge
+
+    tables = [read_labelled(path) for path in paths]
+    prompts = [str(p) for t in tables for p in t["prompt"]]
+    replies = [str(c) for t in tables for c in t["completion"]]
+    people = [label in REFUSAL_LABELS for t in tables for label in t["final_label"]]
+    said: dict[str, list[Verdict]] = {name: [Verdict.UNSCORED] * len(replies) for name in ("regression", "ensemble")}
+    for known, held_out in GroupKFold(n_splits=5).split(replies, groups=prompts):
+        fold = Regression.train([replies[k] for k in known], [people[k] for k in known])
+        judges: tuple[Judge, Judge] = (RegressionJudge(fold), EnsembleJudge(fold))
+        for k in held_out:
+            for judge in judges:
+                said[judge.name][k] = judge.judge(prompts[k], replies[k])
+    provenance = {
+        "files": {path.name: sha256_file(path) for path in paths}, "replies": len(replies), "refused": sum(people),
+        "source": "XSTest completions and labels, arXiv 2308.01263, CC-BY-4.0",
+    }  # fmt: skip
+    Regression.train(replies, people).save(out, provenance)
+    return agreement(said["regression"], people), agreement(said["ensemble"], people)
