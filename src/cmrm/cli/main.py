@@ -12,6 +12,7 @@ from cmrm.cli.catalog import families, sets
 from cmrm.cli.check import check
 from cmrm.cli.demo import app as demo_app
 from cmrm.cli.diagnose import diagnose
+from cmrm.cli.evaluate import defenses, evaluate, rescore
 from cmrm.cli.extract import extract
 from cmrm.cli.generate import generate
 from cmrm.cli.inspect import inspect
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(demo_app, name="demo")
-for command in (diagnose, extract, generate, inspect, check, sets, families):
+for command in (diagnose, extract, generate, evaluate, rescore, inspect, check, sets, defenses, families):
     app.command()(command)
 app.add_typer(judges_app, name="judges")
 

@@ -1,0 +1,244 @@
+"""`cmrm evaluate`, `cmrm rescore` and `cmrm defenses`: the grid of sets, defences and judges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmrm.cli import common as c
+
+if TYPE_CHECKING:
+    from cmrm.defenses import FitData
+    from cmrm.sets import Loaded
+
+
+def evaluate(
+    model: c.ModelArgument,
+    sets: Annotated[str, typer.Option(help="Comma list: demo, a named set (`cmrm sets`, NAME-VARIANT), or a file.")],
+    defenses: Annotated[
+        str, typer.Option(help="Comma list of `cmrm defenses`, all, or stacks: adashield_s+cmrm_dataset.")
+    ] = "none",
+    judges: Annotated[str, typer.Option(help="Comma list: keyword, regression, ensemble.")] = "keyword,ensemble",
+    out: Annotated[Path, typer.Option(help="Folder for logs, replies, results and report.")] = Path("grid"),
+    conditions: Annotated[
+        str, typer.Option(help="Conditions of the untouched model; defences are run under original.")
+    ] = "original,query",
+    path: Annotated[
+        list[str] | None, typer.Option("--path", help="NAME=DIR: where a named set lies; once for each.")
+    ] = None,
+    anchors: Annotated[
+        Path | None, typer.Option(help="File of harmful requests with images, to fit defences on (demo: its own).")
+    ] = None,
+    benign_anchors: Annotated[Path | None, typer.Option(help="File of benign requests, likewise.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help='JSON: {"cmrm_dataset": {"alpha": 0.3, "layers": [15, 16]}, ...}.')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Draw so many samples of every set and kind, by hashed id.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a reply.")] = 48,
+    batch_size: c.BatchOption = 16,
+    seed: c.SeedOption = 0,
+    revision: c.RevisionOption = None,
+    dtype: c.DtypeOption = "auto",
+    device_map: c.DeviceOption = None,
+    trust_remote_code: c.TrustOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be run, and stop.")
+    ] = False,
+    as_json: c.JsonOption = False,
+) -> None:
+    """Unsafe rate, over-refusal and utility of a model under several defences, by several judges, on several sets.
+
+    Runs on Inspect (`inspect view --log-dir OUT/logs/DEFENCE` opens the logs). Killed at any moment, the same command goes on.
+    """
+    from cmrm.cli.common import quiet
+    from cmrm.errors import InputError
+
+    _need_inspect()
+    quiet(offline=model == c.DEMO)
+    from cmrm.conditions import Condition
+    from cmrm.evaluate.run import CONDITIONS, Plan, expanded_defenses
+    from cmrm.evaluate.run import evaluate as run
+
+    wrong = [n for n in conditions.split(",") if n not in CONDITIONS]
+    if wrong:
+        raise InputError(f"unknown condition {', '.join(wrong)}; one of {', '.join(CONDITIONS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; it is at least 1")
+    places = _places(path or [])
+    options = {"revision": revision, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    given = _settings(settings, demo=model == c.DEMO)
+    plan = Plan(
+        model=model,
+        sets=tuple(_set(name.strip(), places, limit=limit, seed=seed) for name in sets.split(",") if name.strip()),
+        defenses=expanded_defenses(defenses),
+        judges=tuple(dict.fromkeys(n.strip() for n in judges.split(",") if n.strip())),
+        conditions=tuple(Condition(n) for n in conditions.split(",")),
+        anchors=_anchors(anchors, benign_anchors, batch_size, demo=model == c.DEMO),
+        settings=given,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        model_options={} if model == c.DEMO else {k: v for k, v in options.items() if v not in (None, False)},
+    )
+    cells = plan.cells()
+    total = sum(len(loaded.samples) for _, loaded, _ in cells)
+    if dry_run:
+        _print_plan(plan, cells, total, out)
+        return
+    with c.progress(total) as (say, tick):
+        found = run(plan, out, say=say, tick=tick)
+    from cmrm.report.grid import write_grid_report
+
+    page = write_grid_report(found, out)
+    c.print_json(found) if as_json else _print(found)
+    if not as_json:
+        typer.echo(f"results: {out / 'results.json'}   report: {page}")
+    if found["failures"] or any(cell["missing"] for cell in found["cells"]):
+        raise InputError(
+            "not every sample was answered: "
+            + "; ".join(found["failures"] or ["see `missing` in the results"])
+            + ". Run the same command again to go on"
+        )
+
+
+def rescore(
+    out: Annotated[Path, typer.Argument(help="Folder of `cmrm evaluate`.")],
+    judges: Annotated[str, typer.Option(help="Comma list of judges; their verdicts are added to the logs.")],
+    seed: c.SeedOption = 0,
+    as_json: c.JsonOption = False,
+) -> None:
+    """Judge the replies of a finished run anew, without generating anything."""
+    from cmrm.files import write_json
+
+    _need_inspect()
+    c.quiet()
+    from cmrm.errors import InputError
+    from cmrm.evaluate.rescore import rescore as run
+    from cmrm.report.grid import write_grid_report
+
+    try:
+        held = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} holds no results of cmrm evaluate: {error}") from None
+    found = held | run(out, [n.strip() for n in judges.split(",") if n.strip()], seed=seed)
+    write_json(out / "results.json", found)
+    write_grid_report(found, out)
+    c.print_json(found) if as_json else _print(found)
+
+
+def defenses(as_json: c.JsonOption = False) -> None:
+    """Defences that `cmrm evaluate --defenses` takes, and where each comes from."""
+    from cmrm.defenses import defense_names
+
+    known = defense_names()
+    if as_json:
+        c.print_json(known)
+    else:
+        c.print_rows("defences", ["name", "source"], [[name, source] for name, source in known.items()])
+
+
+def _need_inspect() -> None:
+    from importlib.util import find_spec
+
+    from cmrm.errors import InputError
+
+    if find_spec("inspect_ai") is None:
+        raise InputError("evaluation needs inspect_ai, which is not installed: pip install 'cmrm[eval]'")
+
+
+def _places(given: list[str]) -> dict[str, Path]:
+    from cmrm.errors import InputError
+
+    found = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not equals or not name or not folder:
+            raise InputError(f"--path {one!r} is no NAME=DIR")
+        found[name] = Path(folder)
+    return found
+
+
+def _set(name: str, places: dict[str, Path], *, limit: int | None, seed: int) -> Loaded:
+    from dataclasses import replace
+
+    from cmrm.evaluate.sets import demo_set
+    from cmrm.sets.loading import load_samples
+    from cmrm.sets.named import NAMED
+
+    if name == c.DEMO:
+        return demo_set(limit)
+    source, variant = name, None
+    if name not in NAMED and not Path(name).exists():
+        for known in sorted(NAMED, key=len, reverse=True):
+            if name.startswith(f"{known}-"):
+                source, variant = known, name.removeprefix(f"{known}-")
+                break
+    loaded = load_samples(source, path=places.get(name, places.get(source)), variant=variant, limit=limit, seed=seed)
+    return replace(loaded, name=Path(name).stem if Path(name).exists() else name)
+
+
+def _anchors(harmful: Path | None, benign: Path | None, batch_size: int, *, demo: bool) -> FitData | None:
+    from cmrm.defenses import FitData
+    from cmrm.errors import InputError
+    from cmrm.sets.loading import load_samples
+
+    if harmful is None and benign is None:
+        if not demo:
+            return None
+        from cmrm.demo.sets import prompt_samples
+
+        return FitData(prompt_samples("anchor", "harmful"), prompt_samples("anchor", "benign"), batch_size)
+    if harmful is None:
+        raise InputError("--benign-anchors go with --anchors")
+    held = [load_samples(p).samples if p is not None else () for p in (harmful, benign)]
+    return FitData(held[0], held[1], batch_size)
+
+
+def _settings(path: Path | None, *, demo: bool) -> dict[str, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from cmrm.errors import InputError
+
+    held: dict[str, dict[str, Any]] = {}
+    if demo:
+        from cmrm.demo.settings import DATASET_STEERING, SAMPLE_STEERING
+
+        held = {"cmrm_dataset": asdict(DATASET_STEERING), "cmrm_sample": asdict(SAMPLE_STEERING)}
+    if path is None:
+        return held
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        raise InputError(f"{path} is no mapping of defence to settings")
+    from cmrm.defenses import defense_names
+
+    unknown = sorted(set(given) - set(defense_names()))
+    if unknown:
+        raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
+    return held | given
+
+
+def _print_plan(plan: Any, cells: list[Any], total: int, out: Path) -> None:
+    import shutil
+
+    c.print_rows(
+        f"{plan.model}: {len(cells)} cells, {total} replies of up to {plan.max_new_tokens} tokens",
+        ["defence", "set", "condition", "samples"],
+        [[defense, loaded.name, condition.value, str(len(loaded.samples))] for defense, loaded, condition in cells],
+    )
+    held = out.resolve()
+    while not held.exists():
+        held = held.parent
+    typer.echo(f"{shutil.disk_usage(held).free / 1e9:.1f} GB are free at {held}; logs keep no images")
+
+
+def _print(found: dict[str, Any]) -> None:
+    from cmrm.report.grid import short_rate, table
+
+    header, rows = table(found, short_rate)
+    c.print_rows(f"{found['model']['id']}: per cent, 95 % Wilson intervals; +k: unscored by that judge", header, rows)

@@ -1,0 +1,389 @@
+"""The Inspect model provider `cmrm/<model>`: a defended VLM in process, its concurrent requests answered in batches.
+
+    inspect eval inspect_evals/mmmu --model cmrm/demo -M defense=cmrm_dataset -M fitted=shift.safetensors
+
+`<model>` is a folder, a hub id, or `demo`. Requests of cmrm's own tasks say which batch they belong to (`BATCH_HINT`); those of
+any other task are batched as they come in.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ContentImage,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+from PIL import Image, UnidentifiedImageError
+
+from cmrm.conditions import Request, Turn
+from cmrm.defenses import Defense, Meter, Reply, make_defense, respond
+from cmrm.errors import InputError
+from cmrm.evaluate.store import ReplyStore, request_key
+from cmrm.models import VLM, config_hash, load_vlm
+
+BATCH_HINT = "cmrm_batch"
+"""Key in a user message's metadata: `{"id", "size", "key"}` of the batch that the request belongs to, and its seed."""
+WINDOW = 0.2
+"""Seconds without a new request after which a batch is run that is not full."""
+PATIENCE = 30.0
+"""Seconds without a new request after which a batch is run although a member that its hint announces is missing."""
+
+_LOADED: dict[str, VLM] = {}
+"""Models that this process holds: Inspect builds a provider anew for every task and retry."""
+
+
+def shared_vlm(model: str, **options: Any) -> VLM:
+    """`model` (folder, hub id or `demo`), loaded once in this process."""
+    key = json.dumps([model, options], sort_keys=True, default=str)
+    if key not in _LOADED:
+        if model == "demo":
+            from cmrm.demo.assemble import load_demo_vlm
+
+            _LOADED[key] = load_demo_vlm()
+        else:
+            _LOADED[key] = load_vlm(model, **options)
+    return _LOADED[key]
+
+
+@dataclass
+class _Job:
+    """One request that waits for its reply."""
+
+    request: Request
+    seed_key: str
+    options: dict[str, Any]
+    max_new_tokens: int
+    batch: tuple[str, int] | None
+    future: Future[Reply] = field(default_factory=Future)
+
+    @property
+    def group(self) -> str:
+        """Requests of one group may share a batch."""
+        return json.dumps([self.options, self.max_new_tokens, self.batch], sort_keys=True)
+
+
+class Batcher:
+    """Collects requests from many callers and answers them in batches, on one thread."""
+
+    def __init__(
+        self, vlm: VLM, defense: Defense, context: Mapping[str, Any], store: ReplyStore | None, size: int
+    ) -> None:
+        self.vlm = vlm
+        self.defense = defense
+        self.context = dict(context)
+        self.store = store
+        self.size = size
+        self.meter = Meter()
+        self._queue: queue.Queue[_Job] = queue.Queue()
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def ask(self, job: _Job) -> Future[Reply]:
+        """Hand in a request; the future is done when its batch is, at once where the store has the reply."""
+        self._queue.put(job)
+        return job.future
+
+    def _serve(self) -> None:
+        waiting: dict[str, list[_Job]] = {}
+        while True:
+            try:
+                job = self._queue.get(timeout=WINDOW if waiting else None)
+            except queue.Empty:
+                self._flush(waiting)
+                continue
+            waiting.setdefault(job.group, []).append(job)
+            if self._full(waiting[job.group]):
+                self._answer(waiting.pop(job.group))
+            self._since = time.monotonic()
+
+    def _full(self, jobs: list[_Job]) -> bool:
+        return len(jobs) >= (jobs[0].batch[1] if jobs[0].batch else self.size)
+
+    def _flush(self, waiting: dict[str, list[_Job]]) -> None:
+        """Run what is not full: at once where nobody announced more, after `PATIENCE` where somebody did."""
+        for group in list(waiting):
+            if waiting[group][0].batch is None or time.monotonic() - self._since > PATIENCE:
+                self._answer(waiting.pop(group))
+                return
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        live = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        live.sort(
+            key=lambda job: (len(job.request.text), job.seed_key)
+        )  # whoever came first: the same batch, the same replies
+        for at in range(0, len(live), self.size):
+            part = live[at : at + self.size]
+            try:
+                replies = self._replies(part)
+            except Exception as error:
+                for job in part:
+                    job.future.set_exception(error)
+                continue
+            for job, reply in zip(part, replies, strict=True):
+                job.future.set_result(reply)
+
+    def _replies(self, jobs: Sequence[_Job]) -> list[Reply]:
+        options, length = jobs[0].options, jobs[0].max_new_tokens
+        context = {**self.context, "options": options, "max_new_tokens": length, "batch": jobs[0].batch}
+        keys = [request_key(context, job.request, job.seed_key) for job in jobs]
+        if self.store is not None and not options.get("do_sample"):
+            held = [self.store.get(key) for key in keys]
+            if all(reply is not None for reply in held):
+                return [reply for reply in held if reply is not None]
+        with self.meter.watching(self.vlm, len(jobs)):
+            replies = respond(
+                self.vlm, self.defense, [job.request for job in jobs], max_new_tokens=length,
+                keys=[job.seed_key for job in jobs], **options,
+            )  # fmt: skip
+        if self.store is not None:
+            self.store.put(dict(zip(keys, replies, strict=True)))
+        return replies
+
+
+class CmrmAPI(ModelAPI):
+    """See the module."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008
+        *,
+        defense: str = "none",
+        settings: dict[str, Any] | str | None = None,
+        fitted: str | None = None,
+        shift: str | None = None,
+        alpha: float | None = None,
+        store: str | None = None,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> None:
+        """Arguments that `-M` takes.
+
+        Args:
+            model_name: folder, hub id, or `demo`.
+            base_url: not used.
+            api_key: not used.
+            config: Inspect's defaults for generation.
+            defense: name of a defence, or several with `+` (`cmrm.defenses.defense_names`).
+            settings: settings by the name of the defence, as a mapping or as JSON.
+            fitted: folder with `<defence>.safetensors` of each defence that was fitted, as `cmrm evaluate` writes it.
+            shift: artifact for `cmrm_dataset` (file, folder, hub id), with the setting that it recommends.
+            alpha: strength of cmrm's own defences, over the setting's.
+            store: file that keeps replies.
+            batch_size: requests a batch.
+            options: `dtype`, `device_map`, `revision`, `trust_remote_code` of `load_vlm`.
+        """
+        super().__init__(model_name, base_url, api_key, [], config)
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it is at least 1")
+        self.batch_size = batch_size
+        self.vlm = shared_vlm(model_name, **options)
+        given = json.loads(settings) if isinstance(settings, str) else dict(settings or {})
+        self.defense = built_defense(self.vlm, defense, given, fitted=fitted, shift=shift, alpha=alpha)
+        state = {
+            part.name: sorted((k, float(v.double().sum())) for k, v in part.state.items())
+            for part in parts(self.defense)
+        }
+        self.context = {
+            "model": model_name, "config": config_hash(self.vlm), "dtype": str(self.vlm.model.dtype),
+            "defense": defense, "settings": self.defense.settings, "state": state,
+        }  # fmt: skip
+        held = ReplyStore(Path(store)) if store else None
+        self.batcher = Batcher(self.vlm, self.defense, self.context, held, batch_size)
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        """One reply; see `ModelAPI.generate`. Tools are not supported."""
+        if tools:
+            raise InputError("cmrm's models call no tools; choose a task without")
+        hint = ((input[-1].metadata or {}) if input else {}).get(BATCH_HINT)
+        request = await anyio.to_thread.run_sync(request_of, input)
+        job = _Job(
+            request,
+            str(hint["key"]) if hint else request.text,
+            generate_options(config),
+            config.max_tokens or self.max_tokens(),
+            (str(hint["id"]), int(hint["size"])) if hint else None,
+        )
+        start = time.perf_counter()
+        future = self.batcher.ask(job)
+        try:
+            while True:
+                try:
+                    reply = future.result(timeout=0)
+                    break
+                except NotYet:
+                    await anyio.sleep(0.01)
+        finally:
+            future.cancel()
+        message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
+        return ModelOutput(
+            model=self.model_name,
+            choices=[ChatCompletionChoice(message=message)],
+            usage=ModelUsage(output_tokens=reply.tokens, total_tokens=reply.tokens),
+            time=time.perf_counter() - start,
+        )
+
+    def max_tokens(self) -> int:
+        """Length limit of a reply where the task sets none."""
+        return 256
+
+    def max_connections(self) -> int:
+        """Requests at a time: enough to fill the next batches while one runs."""
+        return 4 * self.batch_size
+
+    def connection_key(self) -> str:
+        """One queue a process."""
+        return "cmrm"
+
+
+def parts(defense: Defense) -> list[Defense]:
+    """A stack's defences, or the one itself."""
+    from cmrm.defenses import Stack
+
+    return defense.parts if isinstance(defense, Stack) else [defense]
+
+
+def built_defense(
+    vlm: VLM,
+    name: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    fitted: str | Path | None = None,
+    shift: str | None = None,
+    alpha: float | None = None,
+) -> Defense:
+    """A defence, or a stack, ready to be used on `vlm`; see `CmrmAPI` for the arguments.
+
+    Raises:
+        InputError: a defence that has to be fitted is not; ArtifactError: what was fitted belongs to another model.
+    """
+    from cmrm.artifact import ShiftVectors
+
+    artifact = None
+    merged: dict[str, dict[str, Any]] = {part: dict(settings.get(part, {})) for part in name.split("+")}
+    if shift is not None:
+        if "cmrm_dataset" not in merged:
+            raise InputError("a shift belongs to the defence cmrm_dataset; name it with -M defense=cmrm_dataset")
+        artifact = ShiftVectors.from_pretrained(shift)
+        artifact.check(vlm)
+        held = artifact.recommended
+        recommended = {"alpha": held.alpha, "schedule": held.schedule, "positions": held.positions, "layers": held.layers,
+                       "preserve_norm": held.preserve_norm}  # fmt: skip
+        merged["cmrm_dataset"] = recommended | merged["cmrm_dataset"]
+    if alpha is not None:
+        steered = [part for part in merged if part in {"cmrm_dataset", "cmrm_sample"}]
+        if not steered:
+            raise InputError("alpha belongs to cmrm_dataset and cmrm_sample; neither is among the defences")
+        for part in steered:
+            merged[part]["alpha"] = alpha
+    made = make_defense(name, merged)
+    for one in parts(made):
+        if one.name == "cmrm_dataset" and artifact is not None:
+            one.state = {"vectors": artifact.vectors}
+        elif one.needs_fit:
+            if fitted is None:
+                raise InputError(
+                    f"the defence {one.name!r} has to be fitted on anchors: pass the folder that `cmrm evaluate` fitted it "
+                    "into (-M fitted=DIR)" + (", or an artifact (-M shift=FILE)" if one.name == "cmrm_dataset" else "")
+                )
+            one.load(Path(fitted) / f"{one.name}.safetensors", vlm)
+    return made
+
+
+def generate_options(config: GenerateConfig) -> dict[str, Any]:
+    """Inspect's settings as options of transformers' `generate`; greedy unless a temperature above 0 is set.
+
+    Raises:
+        InputError: a setting is given that cannot be honoured.
+    """
+    unsupported = [
+        name for name in ("stop_seqs", "logprobs", "num_choices", "logit_bias", "response_schema", "frequency_penalty",
+                          "presence_penalty") if getattr(config, name, None) not in (None, 1, False)
+    ]  # fmt: skip
+    if unsupported:
+        raise InputError(f"cmrm's models do not take {', '.join(unsupported)}")
+    if not config.temperature:
+        return {}
+    options: dict[str, Any] = {"do_sample": True, "temperature": config.temperature}
+    for name in ("top_p", "top_k"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    return options
+
+
+def request_of(messages: Sequence[ChatMessage]) -> Request:
+    """An Inspect conversation as a `Request`; it has to end with a user's turn.
+
+    Raises:
+        InputError: the last turn is not the user's, a turn holds something else than text and images, or an image cannot be
+            read.
+    """
+    if not messages or messages[-1].role != "user":
+        raise InputError("a conversation has to end with a user's turn")
+    turns = [_turn(message) for message in messages]
+    last, content = turns[-1], messages[-1].content
+    image_last = (
+        not isinstance(content, str) and isinstance(content[-1], ContentImage) and len(content) > len(last.images)
+    )
+    return Request(last.text, last.images, image_last, tuple(turns[:-1]))
+
+
+def _turn(message: ChatMessage) -> Turn:
+    if message.role == "tool":
+        raise InputError("cmrm's models take no tool turns")
+    if isinstance(message.content, str):
+        return Turn(message.role, message.content)
+    texts, images = [], []
+    for content in message.content:
+        if isinstance(content, ContentText):
+            texts.append(content.text)
+        elif isinstance(content, ContentImage):
+            images.append(opened(content.image))
+        else:
+            raise InputError(f"cmrm's models take text and images, no {content.type}")
+    return Turn(message.role, "\n".join(texts), tuple(images))
+
+
+def opened(source: str) -> Image.Image:
+    """An image from a data URI or a file's path, as RGB.
+
+    Raises:
+        InputError: it is neither, or is no image. Nothing is fetched from the network.
+    """
+    try:
+        if source.startswith("data:"):
+            with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) as held:
+                return held.convert("RGB")
+        if "://" in source:
+            raise InputError(f"the image {source[:80]} would have to be fetched; give a file or a data URI")
+        with Image.open(source) as held:
+            return held.convert("RGB")
+    except (OSError, UnidentifiedImageError, binascii.Error, ValueError) as error:
+        raise InputError(f"an image of the conversation cannot be read: {error}") from None

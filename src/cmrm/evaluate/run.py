@@ -1,0 +1,270 @@
+"""The grid: sets x conditions x defences on one model, through Inspect's `eval_set`, resumable at any moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmrm.artifact import library_versions
+from cmrm.conditions import FIVE, Condition, build_request
+from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
+from cmrm.errors import InputError
+from cmrm.evaluate.grid import grid, read_cells
+from cmrm.evaluate.provider import CmrmAPI, parts, shared_vlm
+from cmrm.evaluate.tasks import set_task
+from cmrm.files import write_json
+from cmrm.judges import make_judge
+from cmrm.models import VLM
+from cmrm.samples import Sample
+from cmrm.sets import Loaded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Say = Callable[[str], None]
+COST_SAMPLES = 16
+"""Requests on which a defence's own cost is measured, after a warm-up of two."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures."""
+
+    model: str
+    """Folder, hub id, or `demo`."""
+    sets: tuple[Loaded, ...]
+    """What is asked."""
+    defenses: tuple[str, ...]
+    """Names, or stacks with `+`; `none` is always among them."""
+    judges: tuple[str, ...]
+    """Names of judges."""
+    conditions: tuple[Condition, ...] = (Condition.ORIGINAL, Condition.QUERY)
+    """Of the untouched model; a defence is measured under `original` alone."""
+    anchors: FitData | None = None
+    """What defences are fitted on."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings by the name of the defence."""
+    max_new_tokens: int = 48
+    """Length limit of a reply."""
+    batch_size: int = 16
+    """Requests a batch."""
+    seed: int = 0
+    """Seed of noise and of the bootstrap."""
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Of `load_vlm`."""
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sets]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"sets are {names}; name at least one, each once")
+        for name in self.defenses:
+            make_defense(name, self.settings)
+        if not self.judges:
+            raise InputError("name at least one judge")
+        for name in self.judges:
+            make_judge(name)
+        if self.anchors is not None:
+            tested = {sample.query for loaded in self.sets for sample in loaded.samples}
+            shared = [s.id for s in (*self.anchors.harmful, *self.anchors.benign) if s.query in tested]
+            if shared:
+                raise InputError(
+                    f"{len(shared)} anchors are asked in the test sets too (the first: {shared[0]!r}); fit on others"
+                )
+
+    @property
+    def all_defenses(self) -> tuple[str, ...]:
+        """`none` first."""
+        return ("none", *(name for name in self.defenses if name != "none"))
+
+    def cells(self) -> list[tuple[str, Loaded, Condition]]:
+        """(defence, set, condition) of every cell; a set without images, or captions, leaves those conditions out."""
+        found = []
+        for defense in self.all_defenses:
+            for loaded in self.sets:
+                for condition in self.conditions if defense == "none" else (Condition.ORIGINAL,):
+                    if possible(loaded, condition):
+                        found.append((defense, loaded, condition))
+        return found
+
+
+def expanded_defenses(names: str) -> tuple[str, ...]:
+    """A comma list of defences and stacks; `all` is every known one."""
+    given = [n.strip() for n in names.split(",") if n.strip()]
+    known = defense_names()
+    return tuple(dict.fromkeys(name for one in given for name in (known if one == "all" else [one])))
+
+
+def possible(loaded: Loaded, condition: Condition) -> bool:
+    """Whether every sample of a set can be put under a condition."""
+    if condition.has_image:
+        return all(s.image is not None for s in loaded.samples)
+    return condition is not Condition.CAPTION or all(s.caption for s in loaded.samples)
+
+
+def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+    """Run what is not there yet, and write `out/results.json` (schema `cmrm-grid/1`) from all logs in `out/logs`.
+
+    Killed at any moment, the same call goes on: finished cells are read, replies of finished batches come from `out/replies.db`.
+
+    Raises:
+        InputError: a set, defence, judge or anchor cannot be used, or `out` belongs to another run.
+    """
+    from inspect_ai import eval_set
+    from inspect_ai.model import get_model
+
+    vlm = shared_vlm(plan.model, **plan.model_options)
+    _same_run(plan, vlm, out)
+    fitted = fit_defenses(plan, vlm, out / "fitted", say=say)
+    failures: list[str] = []
+    for defense in plan.all_defenses:
+        tasks = [
+            set_task(
+                loaded, condition, plan.judges, max_new_tokens=plan.max_new_tokens, batch_size=plan.batch_size,
+                seed=plan.seed,
+            )
+            for name, loaded, condition in plan.cells() if name == defense
+        ]  # fmt: skip
+        if not tasks:
+            continue
+        say(f"{defense}: {', '.join(t.name for t in tasks)}")
+        model = get_model(
+            f"cmrm/{plan.model}", memoize=False, defense=defense, settings=_plain(plan.settings), fitted=str(fitted),
+            store=str(out / "replies.db"), batch_size=plan.batch_size, **plan.model_options,
+        )  # fmt: skip
+        assert isinstance(model.api, CmrmAPI)
+        for task in tasks:
+            task.metadata = {**(task.metadata or {}), "settings": model.api.defense.settings}
+        with _offline(plan.model == "demo"), redirect_stdout(StringIO()):
+            done, logs = eval_set(
+                tasks, log_dir=str(out / "logs" / defense), model=model, display="none", log_images=False, log_level="error",
+                continue_on_fail=True, retry_attempts=1, retry_immediate=True, max_tasks=1,
+                max_samples=4 * plan.batch_size, log_dir_allow_dirty=True, score_display=False,
+            )  # fmt: skip
+        tick(sum(len(t.dataset) for t in tasks))
+        if not done:
+            failures += [f"{log.eval.task}: {log.error.message if log.error else log.status}" for log in logs
+                         if log.status != "success"]  # fmt: skip
+    results = results_of(out, seed=plan.seed) | {
+        "model": {"id": plan.model, "architecture": type(vlm.model).__name__, "dtype": str(vlm.model.dtype)},
+        "sets": [loaded.to_json() for loaded in plan.sets],
+        "cost": measure_cost(plan, vlm, fitted, say=say),
+        "versions": library_versions(),
+        "failures": failures,
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def results_of(out: Path, *, seed: int = 0) -> dict[str, Any]:
+    """The grid of all logs of a run."""
+    return grid(read_cells(out / "logs"), seed=seed)
+
+
+def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
+    """Fit what has to be fitted and is not yet, one file a defence; the folder."""
+    wanted: dict[str, Defense] = {}
+    for name in plan.defenses:
+        for part in parts(make_defense(name, plan.settings)):
+            if part.needs_fit:
+                wanted[part.name] = part
+    for name, defense in wanted.items():
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            defense.load(path, vlm)
+            continue
+        if plan.anchors is None:
+            raise InputError(
+                f"the defence {name!r} has to be fitted: say on which anchors (--anchors, --benign-anchors)"
+            )
+        say(f"fitting {name}")
+        defense.fit(vlm, plan.anchors)
+        defense.save(path, vlm)
+    return folder
+
+
+def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, dict[str, float]]:
+    """What each defence costs a request, measured on a few: prompts and tokens run, seconds, and its tensors' bytes."""
+    from cmrm.evaluate.provider import built_defense
+
+    samples = [s for loaded in plan.sets for s in loaded.samples if s.image is not None and s.label == "harmful"]
+    if not samples:
+        return {}
+    requests = [build_request(s, Condition.ORIGINAL) for s in samples[: COST_SAMPLES + 2]]
+    costs = {}
+    for name in plan.all_defenses:
+        say(f"cost of {name}")
+        defense = built_defense(vlm, name, plan.settings, fitted=fitted)
+        respond(vlm, defense, requests[:2], max_new_tokens=2)
+        meter = Meter()
+        held = requests[2:] or requests
+        with meter.watching(vlm, len(held)):
+            respond(vlm, defense, held, max_new_tokens=plan.max_new_tokens)
+        size = sum(v.numel() * v.element_size() for part in parts(defense) for v in part.state.values())
+        costs[name] = {**meter.per_request(), "state_bytes": float(size)}
+    return costs
+
+
+def _same_run(plan: Plan, vlm: VLM, out: Path) -> None:
+    """Logs of one folder belong together: the same model, sets and settings."""
+    import json
+
+    from cmrm.models import config_hash
+    from cmrm.samples import set_hash
+
+    held = {
+        "model": plan.model, "config": config_hash(vlm), "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
+        "batch_size": plan.batch_size, "settings": json.loads(json.dumps(_plain(plan.settings))),
+        "anchors": _anchor_hash(plan.anchors), "sets": {s.name: set_hash(s.samples) for s in plan.sets},
+    }  # fmt: skip
+    path = out / "plan.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if before is not None:
+            other = [k for k in held if k != "sets" and before.get(k) != held[k]]
+            changed = [n for n, h in held["sets"].items() if before.get("sets", {}).get(n, h) != h]
+            if other or changed:
+                raise InputError(
+                    f"{out} holds another run ({', '.join([*other, *changed])} differ); choose another --out, or remove it"
+                )
+            held["sets"] = {**before.get("sets", {}), **held["sets"]}
+    write_json(path, held)
+
+
+def _anchor_hash(anchors: FitData | None) -> str | None:
+    from cmrm.samples import set_hash
+
+    return set_hash([*_told(anchors.harmful, "h"), *_told(anchors.benign, "b")]) if anchors else None
+
+
+def _told(samples: Sequence[Sample], side: str) -> list[Sample]:
+    return [Sample(f"{side}:{s.id}", s.query) for s in samples]
+
+
+def _plain(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in held.items()} for name, held in settings.items()
+    }
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Inspect asks the hub for a model's data otherwise, and waits for it."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    if wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+CONDITIONS = tuple(c.value for c in FIVE)

@@ -1,0 +1,190 @@
+"""The grid as a table and as one self-contained page: sortable, with the safety-utility frontier and replies side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from cmrm.files import atomic_path
+from cmrm.report.page import rate_text
+
+SHOWN_WORDS = 6
+"""Words of a request and of a reply that are shown."""
+EXAMPLES = 12
+"""Requests a defence whose replies are shown side by side."""
+
+
+def table(
+    found: Mapping[str, Any], text: Callable[[dict[str, Any]], str] = rate_text
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row for every cell, unsafe rate and over-refusal by every judge; `text` writes a rate."""
+    judges = found["judges"]
+    header = ["defence", "set", "condition", *(f"unsafe ({j})" for j in judges), *(f"over-refusal ({j})" for j in judges),
+              "accuracy", "generic", "n"]  # fmt: skip
+    rows = []
+    for cell in found["cells"]:
+        outcomes = [cell["judges"][j].get(name) for name in ("unsafe", "over_refusal") for j in judges]
+        rates = [text(rate) if rate else "-" for rate in (*outcomes, cell.get("accuracy"), cell.get("generic"))]
+        n = f"{cell['done']} of {cell['expected']}" if cell["missing"] else str(cell["done"])
+        rows.append([cell["defense"], cell["set"], cell["condition"], *rates, n])
+    return header, rows
+
+
+def short_rate(cell: Mapping[str, Any]) -> str:
+    """`12.5 [7-21]` in per cent, for narrow tables; `+3` are unscored."""
+    if cell["rate"] is None:
+        return f"unscored ({cell['unscored']})"
+    low, high = round(100 * cell["low"]), round(100 * cell["high"])
+    return f"{100 * cell['rate']:.1f} [{low}-{high}]" + (f" +{cell['unscored']}" if cell["unscored"] else "")
+
+
+def write_grid_report(found: Mapping[str, Any], out: Path) -> Path:
+    """Write `out/report.html` and the PNGs in it; replies are read from the logs in `out/logs`, cut to their first words."""
+    figures = {"frontier": frontier(found), "categories": categories(found)}
+    images = {}
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        held = io.BytesIO()
+        figure.savefig(held, format="png", bbox_inches="tight", metadata={"Software": None}, dpi=110)
+        plt.close(figure)
+        with atomic_path(out / f"{name}.png") as part:
+            part.write_bytes(held.getvalue())
+        images[name] = base64.b64encode(held.getvalue()).decode()
+    header, rows = table(found)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = files("cmrm.report").joinpath("grid.html.jinja").read_text(encoding="utf-8")
+    page = environment.from_string(source).render(
+        r=found, header=header, rows=rows, keys=[[_key(v) for v in row] for row in rows], images=images,
+        changes=changes(out), comparisons=[_compared(c) for c in found["comparisons"]],
+    )  # fmt: skip
+    with atomic_path(out / "report.html") as part:
+        part.write_text(page, encoding="utf-8")
+    return out / "report.html"
+
+
+def changes(out: Path) -> dict[str, list[dict[str, str]]]:
+    """Per defence: requests whose verdict it changed, reply before and after, cut to their first words."""
+    from cmrm.evaluate.grid import read_cells
+    from cmrm.evaluate.scorers import PREFIX
+
+    cells = {cell.key: cell for cell in read_cells(out / "logs")}
+    found: dict[str, list[dict[str, str]]] = {}
+    for (name, condition, defense), cell in cells.items():
+        base = cells.get((name, condition, "none"))
+        if defense == "none" or base is None:
+            continue
+        for key, after in cell.samples.items():
+            before = base.samples.get(key)
+            if before is None or after["kind"] not in {"harmful", "benign"}:
+                continue
+            said = [next((v for n, v in s["scores"].items() if n.startswith(PREFIX)), "-") for s in (before, after)]
+            if said[0] == said[1] or len(found.setdefault(defense, [])) >= EXAMPLES:
+                continue
+            found[defense].append(
+                {
+                    "set": name, "kind": after["kind"], "request": first_words(after["request"]),
+                    "before": first_words(before["reply"]), "after": first_words(after["reply"]),
+                    "verdicts": f"{said[0]} \u2192 {said[1]}",
+                }
+            )  # fmt: skip
+    return found
+
+
+def first_words(text: str) -> str:
+    """The first `SHOWN_WORDS` words."""
+    words = text.split()
+    return " ".join(words[:SHOWN_WORDS]) + (" \u2026" if len(words) > SHOWN_WORDS else "")
+
+
+def frontier(found: Mapping[str, Any]) -> Figure | None:
+    """Unsafe rate against accuracy, by the first judge, each defence a point with both intervals; None without both."""
+    judge = found["judges"][0]
+    points = []
+    for cell in found["cells"]:
+        unsafe, accuracy = cell["judges"][judge].get("unsafe"), cell.get("accuracy")
+        if (
+            unsafe
+            and accuracy
+            and unsafe["rate"] is not None
+            and accuracy["rate"] is not None
+            and cell["condition"] == "original"
+        ):
+            points.append((cell, unsafe, accuracy))
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    for place, (cell, unsafe, accuracy) in enumerate(points):
+        x, y = 100 * accuracy["rate"], 100 * unsafe["rate"]
+        axes.errorbar(
+            x, y, xerr=[[x - 100 * accuracy["low"]], [100 * accuracy["high"] - x]],
+            yerr=[[y - 100 * unsafe["low"]], [100 * unsafe["high"] - y]], fmt="o", color=f"C{place % 10}", lw=1, capsize=2,
+            label=f"{cell['defense']} ({cell['set']})",
+        )  # fmt: skip
+    axes.set_xlabel("accuracy, %")
+    axes.set_ylabel(f"unsafe rate, % ({judge})")
+    axes.annotate("better", xy=(0.97, 0.03), xycoords="axes fraction", ha="right", color="#666666")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def categories(found: Mapping[str, Any]) -> Figure | None:
+    """Unsafe rate by harm category and defence, original image, first judge, of the set with most categories."""
+    judge = found["judges"][0]
+    cells = [c for c in found["cells"] if c["condition"] == "original" and len(c["judges"][judge]["categories"]) > 1]
+    if not cells:
+        return None
+    chosen = max(cells, key=lambda c: len(c["judges"][judge]["categories"]))["set"]
+    cells = [c for c in cells if c["set"] == chosen]
+    names = sorted({n for c in cells for n in c["judges"][judge]["categories"]})
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.12 * len(names) * (len(cells) + 1.5)))
+    height = 0.85 / len(cells)
+    for place, cell in enumerate(cells):
+        held = cell["judges"][judge]["categories"]
+        shares = []
+        for name in names:
+            counts = held.get(name, {})
+            unsafe = counts.get("complied", 0) + counts.get("unsafe", 0)
+            scored = sum(counts.values()) - counts.get("unscored", 0)
+            shares.append(100 * unsafe / scored if scored else 0.0)
+        axes.barh(
+            [k + place * height for k in range(len(names))],
+            shares,
+            height,
+            label=cell["defense"],
+            color=f"C{place % 10}",
+        )
+    axes.set_yticks([k + 0.42 - height / 2 for k in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"unsafe rate on {chosen}, % ({judge})")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def _key(text: str) -> str:
+    """What a column is sorted by: the number that a cell begins with, or its text."""
+    first = text.split(" ", 1)[0]
+    try:
+        return f"{float(first):020.6f}"
+    except ValueError:
+        return text
+
+
+def _compared(row: Mapping[str, Any]) -> list[str]:
+    change = f"{100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    return [row["defense"], row["set"], row["outcome"].replace("_", "-"), row["judge"], change,
+            f"{row['only_before']} / {row['only_after']}", f"{row['p_value']:.2g}", f"{row['p_holm']:.2g}", str(row["n"])]  # fmt: skip
