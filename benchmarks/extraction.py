@@ -6,6 +6,7 @@ import argparse
 
 import torch
 from common import anchors, paired_ratio, random_llava, report
+from flops import block_flops, head_flops, vision_flops
 
 from cmrm import estimate_shift
 from cmrm.conditions import build_requests
@@ -14,7 +15,7 @@ from cmrm.prefix import SharedPrefix
 
 
 def main() -> None:
-    """Print the figure and the share of tokens that had to be run."""
+    """Print the figure, the share of tokens that were run, and the limit that the shapes set."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--anchors", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -38,17 +39,27 @@ def main() -> None:
         estimate_shift(vlm, samples, batch_size=size)
 
     found = paired_ratio(extraction, bare, pairs=1 if given.tiny else given.pairs)
-    runners = []
+    report("extraction_ratio", found, anchors=n, batch_size=size, target=0.10)
+    shape, width = vlm.model.config.text_config, vlm.hidden_size
+    image = vision_flops(vlm.model.config.vision_config, width)
+    needed = bare_flops = 0.0
+    run = whole = 0
     for condition in ("query", "blank"):
         runner = SharedPrefix(vlm)
         requests = list(build_requests(samples, condition))
         for k in range(0, n, size):
             runner.states(requests[k : k + size])
-        runners.append(runner)
-    run, whole = sum(r.fresh_tokens for r in runners), sum(r.whole_tokens for r in runners)
-    report("extraction_ratio", found, anchors=n, batch_size=size, target=0.10)
+        run, whole = run + runner.fresh_tokens, whole + runner.whole_tokens
+        seen = image if condition == "blank" else 0.0
+        needed += seen + block_flops(shape, runner.tokens)
+        for request in requests:
+            length = encode(vlm, [request])["input_ids"].shape[1]
+            needed += block_flops(shape, length - runner.tokens, runner.tokens)
+            bare_flops += seen + block_flops(shape, length) + head_flops(shape, length)
     report("extraction_token_share", {"value": round(run / whole, 4)}, tokens_run=run, tokens_of_all_prompts=whole,
-           note="tokens that went through the backbone / tokens of all prompts: the limit without lm_head")  # fmt: skip
+           note="tokens that went through the backbone, padding and probe included / tokens of all prompts")  # fmt: skip
+    report("extraction_flops_limit", {"value": round(needed / bare_flops, 4)}, needed=needed, bare=bare_flops,
+           note="from the shapes, without padding: every prefix once and every query once / all prompts whole with lm_head")  # fmt: skip
 
 
 if __name__ == "__main__":

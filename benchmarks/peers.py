@@ -1,0 +1,115 @@
+"""Peers on the text model that they support: extraction / bare forward of the same prompts, and decoding steered / bare.
+
+    pip install --no-deps repeng==0.4.0 steering-vectors==0.12.2
+
+They pin older numpy and transformers than cmrm takes, hence --no-deps. A peer that is not installed is left out and
+named on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from common import paired_ratio, report, seconds
+
+from cmrm.data import load_prompts
+from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
+
+BATCH = 16
+Steered = Callable[[], AbstractContextManager[Any]]
+
+
+def repeng(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[], Any], Steered]:
+    """repeng: states of all layers, and a control vector at layers 1 to the last (it leaves layer 0 out)."""
+    from repeng import ControlModel
+    from repeng.extract import batched_get_hiddens
+
+    layers = range(-1, -model.config.num_hidden_layers, -1)
+
+    @contextmanager
+    def steered() -> Any:
+        wrapped = ControlModel(model, list(layers))
+        width = model.config.hidden_size
+        wrapped.set_raw_control({k: 1e-3 * torch.ones(width, dtype=model.dtype) for k in wrapped.layer_ids})
+        try:
+            yield wrapped
+        finally:
+            wrapped.unwrap()
+
+    return lambda: batched_get_hiddens(model, tokenizer, prompts, list(layers), BATCH), steered
+
+
+def steering_vectors(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[], Any], Steered]:
+    """steering-vectors: activations of pairs of prompts at all layers, and a vector at each."""
+    from steering_vectors import SteeringVector, extract_activations
+
+    half = len(prompts) // 2
+    pairs = list(zip(prompts[:half], prompts[half:], strict=True))
+    vector = SteeringVector(
+        {
+            k: 1e-3 * torch.ones(model.config.hidden_size, dtype=model.dtype)
+            for k in range(model.config.num_hidden_layers)
+        }
+    )
+    return lambda: extract_activations(model, tokenizer, pairs, batch_size=BATCH), lambda: vector.apply(model)
+
+
+PEERS = {"repeng": repeng, "steering-vectors": steering_vectors}
+
+
+def main() -> None:
+    """Print `peer_extraction_ratio_<peer>` and `peer_decode_ratio_<peer>` of every installed one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tiny", action="store_true", help="few prompts and one pair: does it still run?")
+    given = parser.parse_args()
+    n, pairs, count = (4, 1, 4) if given.tiny else (given.prompts, given.pairs, given.tokens)
+    model, tokenizer = halve(load_backbone()), load_tokenizer()
+    prompts = sorted((p.text for p in load_prompts() if p.split != "test"), key=len)[:n]
+    batches = [tokenizer(prompts[k : k + BATCH], padding=True, return_tensors="pt") for k in range(0, n, BATCH)]
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for inputs in batches:
+            model(**inputs, use_cache=False)
+
+    @torch.inference_mode()
+    def decode() -> float:
+        cache = model(**batches[0], use_cache=True).past_key_values
+        token = torch.full((len(batches[0]["input_ids"]), 1), 42)
+
+        def tokens() -> None:
+            for _ in range(count):
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+
+        return seconds(tokens)
+
+    for name, peer in PEERS.items():
+        try:
+            held = version(name)
+            extraction, steered = peer(model, tokenizer, prompts)
+        except (PackageNotFoundError, ImportError) as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+            continue
+        found = paired_ratio(extraction, bare, pairs=pairs)
+        report(f"peer_extraction_ratio_{name}", found, version=held, prompts=n)
+        ratios = []
+        for _ in range(pairs):
+            plain = decode()
+            with steered():
+                ratios.append(plain / decode())
+        ratios.sort()
+        report(f"peer_decode_ratio_{name}", {"value": round(ratios[pairs // 2], 4), "low": round(ratios[0], 4),
+               "high": round(ratios[-1], 4), "pairs": pairs}, version=held, tokens=count, rows=BATCH)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
