@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("extraction", "sample_level", "decode", "memory")
+SCRIPTS = ("extraction", "sample_level", "decode", "memory", "evaluate", "peers")
 TARGETS = {
     "extraction_ratio": "<= 0.10",
     "sample_ttft_ratio": "<= 1.12",
     "decode_ratio_hooks": ">= 0.98",
     "extraction_memory_growth": "<= 1.05",
+    "evaluate_ratio": ">= 0.95",
 }
 
 

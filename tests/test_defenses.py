@@ -42,7 +42,7 @@ def every_position(vlm: VLM, requests: list[Request], edits: dict[int, object]) 
     inputs = encode(vlm, requests)
     seen = torch.tensor([bool(q.images) for q in requests])[:, None, None]
     handles = [
-        vlm.layers[k].register_forward_hook(lambda m, a, out, f=f: torch.where(seen, f(out), out))  # type: ignore[misc]
+        vlm.layers[k].register_forward_hook(lambda m, a, out, f=f: torch.where(seen, f(out), out))
         for k, f in edits.items()
     ]
     try:
@@ -112,7 +112,7 @@ def test_null_space_projects_every_position(vlm: VLM, data: FitData) -> None:
     mean = (text - blank).mean(0)
     u = mean / mean.norm(dim=-1, keepdim=True)
     assert torch.allclose(defense.state["direction"], u, atol=1e-4)
-    edits = {k: (lambda h, k=k: h - (h @ u[k])[..., None] * u[k]) for k in range(vlm.n_layers)}  # type: ignore[misc]
+    edits = {k: (lambda h, k=k: h - (h @ u[k])[..., None] * u[k]) for k in range(vlm.n_layers)}
     found = steered_states(vlm, defense, SEEN)
     assert torch.allclose(found, every_position(vlm, SEEN, dict(edits)), atol=2e-3)
     assert (found * u).sum(-1).abs().max() < 1e-3, "nothing is left along the direction"
@@ -303,14 +303,9 @@ def test_earlier_turns_are_part_of_the_prompt(vlm: VLM) -> None:
     )
     assert (encode(vlm, [talk])["input_ids"] == vlm.image_token_id).any()
     assert not (encode(vlm, [talk.without_images()])["input_ids"] == vlm.image_token_id).any()
-    blank = talk.corrupted(build_condition(), seed=0, key="k")
+    blank = talk.corrupted(Condition.BLANK, seed=0, key="k")
     assert blank.all_images[0].getpixel((0, 0)) == (255, 255, 255)
     assert build_request(Sample("s", "q", picture), "blank").images[0].size == picture.size
-
-
-def build_condition() -> object:
-
-    return Condition.BLANK
 
 
 def test_captions_come_from_the_undefended_model(vlm: VLM) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmrm.data import load_prompts, train_texts
+from cmrm.data import FORMS, load_prompts, train_texts
 from cmrm.demo import connect as connect_module
 from cmrm.demo.align import text_loss
 from cmrm.demo.connect import packed_loss
@@ -37,9 +37,17 @@ def test_training_requests_are_apart_from_anchor_and_test() -> None:
         p.act for p in load_prompts() if p.split != "train"
     }
     for label in ("harmful", "benign"):
-        texts = [t for part in (1, 2, 3, 4, 5) for t in train_texts(label, part)]
+        texts = [t for part in (1, 2, 3, 4, 5, 6) for t in train_texts(label, part)]
         assert not held & set(texts)
     assert not {p.text for p in load_prompts()} & set(generic_instructions())
+    harmful = {p.act for p in load_prompts() if p.label == "harmful" and p.split == "train"}
+    discussions = train_texts("benign", 6)
+    assert len(discussions) == 6 * len(harmful)
+    assert all(any(act in text for act in harmful) for text in discussions)
+    assert not train_texts("harmful", 6)
+    assert not set(discussions) & {form.format(act) for act in harmful for form in FORMS}, (
+        "none asks for the act itself"
+    )
 
 
 def test_missing_emoji_archive_is_named(tmp_path: Path) -> None:
@@ -58,7 +66,8 @@ def test_packed_turns_are_computed_as_if_alone(monkeypatch: pytest.MonkeyPatch) 
         alone = torch.stack([packed_loss(model, pixels, head, [[turn]]) for turn in turns]).mean()
         plain = []
         for ids, n in turns:
-            out = model(input_ids=torch.tensor([head + ids]), pixel_values=pixels).logits[0]
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(input_ids=torch.tensor([head + ids]), pixel_values=pixels).logits[0].float()
             at = len(head) + len(ids)
             losses = torch.nn.functional.cross_entropy(
                 out[at - n - 1 : at - 1], torch.tensor(ids[-n:]), reduction="none"
@@ -66,7 +75,7 @@ def test_packed_turns_are_computed_as_if_alone(monkeypatch: pytest.MonkeyPatch) 
             weights = torch.tensor([4.0, 4.0, 1.0]) if n == 3 else torch.ones(n)
             plain.append((losses * weights).sum() / weights.sum())
     assert torch.allclose(together, alone, atol=2e-2)
-    assert torch.allclose(together, torch.stack(plain).mean(), atol=0.1)
+    assert torch.allclose(together, torch.stack(plain).mean(), atol=5e-2)
 
 
 def test_text_loss_looks_at_answers_only() -> None:

@@ -290,25 +290,30 @@ class Rows:
 
 def _hook(layer: int, edit: Edit, state: Rows, fired: set[int]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = hidden_of(output)
+        hidden = output if type(output) is torch.Tensor and output.dim() == 3 else hidden_of(output)
         fired.add(layer)
-        if state.mask is None or state.shape != hidden.shape[:2]:
+        if state.shape != hidden.shape[:2]:
             raise SteeringError(
                 f"decoder layer {layer} ran on {tuple(hidden.shape[:2])} positions that the model's own call did not "
                 "announce; call the whole model, not a part of it, inside steer()"
             )
         edited = edit(hidden, state)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return edited if hidden is output else (edited, *output[1:])
 
     return hook
 
 
 def _adder(delta: torch.Tensor, steering: Steering) -> Edit:
     placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+    held: torch.Tensor | None = None
+    held_for: torch.Tensor | None = None
 
     def edit(hidden: torch.Tensor, state: Rows) -> torch.Tensor:
+        nonlocal held, held_for
         if steering.alpha == 0:
             return hidden
+        if held is not None and held_for is state.mask:  # decoding: what is added is the same from token to token
+            return hidden + held
         key = (hidden.device, hidden.dtype)
         if key not in placed:
             placed[key] = delta.to(hidden.device, hidden.dtype)
@@ -316,7 +321,11 @@ def _adder(delta: torch.Tensor, steering: Steering) -> Edit:
         if addend.dim() == 2:
             addend = _per_row(addend, hidden.shape[0])[:, None, :]
         if not steering.preserve_norm:
-            return torch.addcmul(hidden, state.factor(hidden), addend)
+            if not state.decoding:
+                held = held_for = None
+                return torch.addcmul(hidden, state.factor(hidden), addend)
+            held, held_for = state.factor(hidden) * addend, state.mask
+            return hidden + held
         moved = hidden + addend
         before = hidden.float().norm(dim=-1, keepdim=True)
         after = moved.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -11,7 +11,7 @@ from typing import Literal
 
 Label = Literal["harmful", "benign"]
 Split = Literal["train", "anchor", "test"]
-Part = Literal[1, 2, 3, 4, 5]
+Part = Literal[1, 2, 3, 4, 5, 6]
 
 FORMS = (
     "How do I {}?",
@@ -24,6 +24,16 @@ FORMS = (
     "Explain the steps to {}.",
 )
 """Request forms; harmful requests and look-alikes share them, so that form alone does not tell them apart."""
+
+DISCUSSIONS = (
+    "Why is it wrong to {}?",
+    "What does the law say about people who {}?",
+    "How do the police stop people who {}?",
+    "Who is hurt when people {}?",
+    "What are the warning signs that someone plans to {}?",
+    "Write a short news report about the arrest of a man who planned to {}.",
+)
+"""Benign questions about a harmful act: they share all its words, and ask for none of its help."""
 
 TEST_PER_CATEGORY = 20
 ANCHOR_PER_CATEGORY = 8
@@ -74,10 +84,14 @@ def load_prompts() -> tuple[Prompt, ...]:
 
 def train_texts(label: Label, part: Part) -> list[str]:
     """Requests to train on. Part 1: every training prompt in all of `FORMS`, and part 1 of `train_extra.csv`; the others:
-    those parts of that file. Parts 3 and 5, all benign, are for visual instruction tuning alone.
+    those parts of that file, but for part 6: every harmful training act in all of `DISCUSSIONS`. Parts 3, 5 and 6, all
+    benign, are for visual instruction tuning alone.
 
     The requests of `train_extra.csv` share less than half of their words with any anchor or test request.
     """
+    if part == 6:
+        harmful = [p.act for p in load_prompts() if p.label == "harmful" and p.split == "train"]
+        return [form.format(act) for act in harmful for form in DISCUSSIONS] if label == "benign" else []
     acts = [p.act for p in load_prompts() if p.label == label and p.split == "train"] if part == 1 else []
     extra = [row["text"] for row in _rows("train_extra.csv") if row["label"] == label and row["part"] == str(part)]
     return [form.format(act) for act in acts for form in FORMS] + extra

@@ -107,15 +107,16 @@ STAGES = (
     AlignmentStage(Stage("align", 200, 2e-4), Mix(6, 6, 8, 6, 6), dropout=0.05, cut=8),
     AlignmentStage(Stage("sharpen", 260, 4e-4, save_every=65), Mix(6, 8, 6, 9, 4), dropout=0.1, cut=5),
     AlignmentStage(Stage("calibrate", 90, 2e-4, save_every=45), Mix(4, 7, 7, 12, 4), dropout=0.1, cut=5, average=0.96),
+    AlignmentStage(Stage("soften", 60, 1.5e-4, save_every=30), Mix(3, 5, 8, 14, 4), dropout=0.1, cut=5, average=0.93),
 )
-"""The last one shifts the balance from refusing towards answering, with averaged weights."""
+"""The last two shift the balance from refusing towards answering, with averaged weights."""
 
 FIRST_LAYER = 12
 """LoRA adapts decoder layers 12 to 29; a linear probe tells harmful requests from look-alikes there before any training."""
 FIRST_WEIGHT = 4.0
 """Weight of the first two answer tokens against the others."""
 PARTS: tuple[Part, ...] = (1, 2, 4)
-"""Parts of the further requests that are trained on; part 3 is kept for visual tuning."""
+"""Parts of the further requests that are trained on; the others are kept for visual tuning."""
 
 
 @dataclass(frozen=True)

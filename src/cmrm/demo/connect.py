@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from cmrm.demo.align import FIRST_WEIGHT, PARTS, Answer, aligned_backbone, benig
 from cmrm.demo.backbone import IMAGE_TOKENS, build_llava, halve
 from cmrm.demo.corpus import (
     CAPTION_QUESTIONS,
-    SHORT_ANSWER,
     CaptionedImage,
     Question,
     load_emoji,
@@ -29,15 +29,16 @@ from cmrm.demo.tower import load_tower, pixels
 from cmrm.demo.training import Stage, head_ids, train, turn_ids
 from cmrm.files import atomic_path
 from cmrm.judges import KeywordJudge, Verdict
+from cmrm.sets.readers import SHORT_ANSWER
 
 ROWS = 8
 """Images per step."""
 QUESTIONS = 9
 """Visual questions packed behind one image."""
-INSTRUCTIONS = {"connect": 3, "instruct": 5}
-"""Benign instructions packed behind one image, in each run."""
 FRESH_PARTS: tuple[Part, ...] = (3, 5)
 """Parts of the further requests that the alignment never saw: benign look-alikes alone."""
+DISCUSSION_PART: Part = 6
+"""Benign questions about harmful training acts, which the alignment never saw either."""
 
 Turn = tuple[list[int], int]
 
@@ -100,15 +101,25 @@ def packed_loss(
 
 
 def connect(
-    folder: Path, emoji: Path, adapter: Path, tower: Path, *, connect_steps: int = 225, instruct_steps: int = 240
+    folder: Path,
+    emoji: Path,
+    adapter: Path,
+    tower: Path,
+    *,
+    connect_steps: int = 225,
+    instruct_steps: int = 240,
+    discuss_steps: int = 150,
+    deepen_steps: int = 120,
 ) -> Path:
     """Train tower and connector into `folder/visual.safetensors` (float16) and return its path.
 
     Each step sees `ROWS` images: half with easy-VQA questions and a caption question behind each, half (easy-VQA
-    training images and emoji) with benign instructions and a caption question. Two runs: in `connect` the instructions
+    training images and emoji) with benign instructions and a caption question. Four runs: in `connect` the instructions
     are those of the alignment; in `instruct` four of five are look-alikes that the alignment never saw, as the
-    instructions of a real visual tuning set are new to the backbone. `curve.jsonl` in each run's folder records, on training
-    and anchor data, refusal with image, over-refusal with image and easy-VQA accuracy over steps.
+    instructions of a real visual tuning set are new to the backbone; in `discuss` three of six are benign questions about
+    harmful acts (`data.DISCUSSIONS`) and two such look-alikes; in `deepen` five of six are such questions. All are answered by the untouched backbone; none asks for
+    harm. `curve.jsonl` in each run's folder records, on training and anchor data, refusal with image, over-refusal with
+    image and easy-VQA accuracy over steps.
     """
     target = folder / "visual.safetensors"
     if target.exists():
@@ -130,6 +141,14 @@ def connect(
         asked.setdefault(question.image_id, []).append(question)
     look_alikes, plain = split_answers([a for part in PARTS for a in benign_answers(folder, part)])
     fresh = [a for part in FRESH_PARTS for a in benign_answers(folder, part)]
+    discussions = benign_answers(folder, DISCUSSION_PART)
+    known = look_alikes + plain
+    instructions = {
+        "connect": [(look_alikes, 2), (plain, 1)],
+        "instruct": [(fresh, 4), (known, 1)],
+        "discuss": [(fresh, 2), (discussions, 3), (known, 1)],
+        "deepen": [(fresh, 1), (discussions, 5)],
+    }
 
     def told(answer: Answer) -> Turn:
         return turn_ids(tokenizer, answer["question"], answer["answer"], whole=answer["whole"])
@@ -137,7 +156,7 @@ def connect(
     def caption(image: CaptionedImage, rng: random.Random) -> Turn:
         return turn_ids(tokenizer, rng.choice(CAPTION_QUESTIONS), f"This is {image.caption}.", whole=True)
 
-    def loss_on(rng: random.Random, run: str, most: list[Answer], one: list[Answer]) -> torch.Tensor:
+    def loss_on(rng: random.Random, run: str) -> torch.Tensor:
         rows: list[list[Turn]] = []
         images = []
         for k in rng.sample(range(len(shapes)), ROWS // 2):
@@ -150,7 +169,7 @@ def connect(
         for _ in range(ROWS - ROWS // 2):
             pool, tensors = (shapes, shape_pixels) if rng.random() < 0.5 else (drawn, drawn_pixels)
             k = rng.randrange(len(pool))
-            said = rng.sample(most, INSTRUCTIONS[run] - 1) + rng.sample(one, 1)
+            said = [answer for answers, count in instructions[run] for answer in rng.sample(answers, count)]
             rows.append([*(told(a) for a in said), caption(pool[k], rng)])
             images.append(tensors[k])
         return packed_loss(model, torch.stack(images), head, rows)
@@ -158,22 +177,13 @@ def connect(
     def measure(step: int) -> dict[str, float]:
         return anchor_figures(model, tokenizer, head)
 
-    first = Stage("connect", 2 * connect_steps, 1e-3, until=connect_steps, save_every=75)
-    second = Stage("instruct", instruct_steps, 1e-3, save_every=60)
-    train(
-        first,
-        parameters,
-        lambda rng: loss_on(rng, first.name, look_alikes, plain),
-        folder / first.name,
-        on_checkpoint=measure,
-    )
-    train(
-        second,
-        parameters,
-        lambda rng: loss_on(rng, second.name, fresh, look_alikes + plain),
-        folder / second.name,
-        on_checkpoint=measure,
-    )
+    for stage in (
+        Stage("connect", 2 * connect_steps, 1e-3, until=connect_steps, save_every=75),
+        Stage("instruct", instruct_steps, 1e-3, save_every=60),
+        Stage("discuss", discuss_steps, 8e-4, save_every=30),
+        Stage("deepen", deepen_steps, 6e-4, save_every=30),
+    ):
+        train(stage, parameters, partial(loss_on, run=stage.name), folder / stage.name, on_checkpoint=measure)
     with atomic_path(target) as part:
         save_file({n: p.detach().half().contiguous() for n, p in parameters.items()}, str(part))
     return target

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from cmrm.shift import Estimator
 from cmrm.steering import Steering
 
-UPPER = tuple(range(15, 30))
-"""The upper half of the decoder layers: steering there costs less accuracy than steering all, for the image is read below."""
-DATASET_STEERING = Steering(alpha=0.3, schedule="telescoped", positions="last", layers=UPPER)
-SAMPLE_STEERING = Steering(alpha=0.1, schedule="telescoped", positions="last")
+LOWER = tuple(range(21))
+"""Steered early, a benign request is still told from a harmful one by the layers above; steered late, both are refused."""
+DATASET_STEERING = Steering(alpha=0.37, schedule="telescoped", positions="last", layers=LOWER)
+SAMPLE_STEERING = Steering(alpha=0.05, schedule="telescoped", positions="last")
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
 
