@@ -125,6 +125,11 @@ def test_replies_are_those_of_a_plain_batch(checkpoint: str, tmp_path: Path) -> 
     vlm = provider.shared_vlm(checkpoint)
     plain = generate(vlm, list(some_set().samples), max_new_tokens=5, batch_size=1)
     assert {g.sample_id: g.text for g in plain} == {k: s["reply"] for k, s in cell.samples.items()}
+    log = read_eval_log(list_eval_logs(str(tmp_path / "logs" / "none"))[0])
+    assert log.results is not None
+    shown = {(s.name, name): m.value for s in log.results.scores for name, m in s.metrics.items()}
+    judged_unsafe = [v for (scorer, _), v in shown.items() if scorer == "cmrm_judge_keyword"]
+    assert 1.0 in judged_unsafe, "Inspect's own viewer shows the unsafe rate of this model, which refuses nothing"
 
 
 SCRIPT = """

@@ -26,7 +26,8 @@ def share(kind: str, what: str) -> Metric:
         held = [str(s.score.value) for s in scores if (s.sample_metadata or {}).get("kind") == kind]
         if what in ("C", "I"):
             return held.count(what) / len(held) if held else float("nan")
-        rate = verdict_rate([Verdict(v) for v in held], Verdict(what)).rate
+        known = {v.value for v in Verdict}
+        rate = verdict_rate([Verdict(v) if v in known else Verdict.UNSCORED for v in held], Verdict(what)).rate
         return float("nan") if rate is None else rate
 
     return compute

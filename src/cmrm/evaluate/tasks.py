@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 
-from inspect_ai import Task
+from inspect_ai import Epochs, Task
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.dataset import Sample as InspectSample
 from inspect_ai.model import ChatMessageUser, Content, ContentImage, ContentText, GenerateConfig
@@ -59,6 +59,7 @@ def set_task(
         dataset=MemoryDataset(rows, name=loaded.name),
         solver=generate(),
         scorer=scorers_for(judges),
+        epochs=Epochs(1, "mode"),  # the default reducer would turn verdicts into numbers before the metrics see them
         config=GenerateConfig(max_tokens=max_new_tokens),
         name=f"{loaded.name}-{condition.value}",
         metadata={"set": loaded.to_json(), "condition": condition.value, "seed": seed, "batch_size": batch_size},
