@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -269,6 +271,30 @@ def test_compiled_model_is_steered_alike(vlm: VLM, vectors: torch.Tensor, positi
         compiled = torch.compile(vlm.model, backend="aot_eager")(**inputs, use_cache=False).logits  # type: ignore[no-untyped-call]
     assert torch.allclose(plain, compiled, atol=1e-5)
     assert not torch.allclose(plain, logits(vlm, inputs), atol=1e-3)
+
+
+def test_compiled_decoding_is_steered_alike(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    torch._dynamo.reset()
+    compiled = torch.compile(vlm.model, backend="aot_eager")
+
+    def decoded(step: Any) -> torch.Tensor:
+        """Logits of three tokens behind the prompt."""
+        cache = vlm.model(**inputs, use_cache=True).past_key_values
+        mask, found = inputs["attention_mask"], []
+        for token in (5, 6, 7):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            ids = torch.full((2, 1), token)
+            found.append(step(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1)
+
+    with torch.inference_mode(), steer(vlm, vectors):
+        plain, by_compiled = decoded(vlm.model), decoded(compiled)
+    with torch.inference_mode():
+        bare = decoded(vlm.model)
+    assert torch.allclose(plain, by_compiled, atol=1e-4)
+    assert not torch.allclose(plain[0], bare[0], atol=1e-3)
+    assert torch.equal(plain[1], bare[1]), "the row without image"
 
 
 def test_what_fails_while_streaming_is_raised(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
