@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -73,6 +74,15 @@ def anchors(n: int) -> list[Sample]:
     return [
         Sample(f"{k}-{held[k % len(held)].id}", held[k % len(held)].query, held[k % len(held)].image) for k in range(n)
     ]
+
+
+def arguments(doc: str | None, **defaults: int) -> argparse.Namespace:
+    """A benchmark's own numbers as options, and --tiny."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few inputs: does it still run?")
+    return parser.parse_args()
 
 
 def seconds(work: Callable[[], Any]) -> float:

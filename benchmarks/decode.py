@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from common import anchors, random_llava, report, seconds
+from common import anchors, arguments, random_llava, report, seconds
 
 from cmrm import Steering, steer
 from cmrm.conditions import build_requests
@@ -14,11 +12,7 @@ from cmrm.models import encode
 
 def main() -> None:
     """Print the figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and one pair: does it still run?")
-    given = parser.parse_args()
+    given = arguments(__doc__, tokens=64, pairs=15)
     vlm = random_llava(tiny=given.tiny)
     inputs = encode(vlm, list(build_requests(anchors(1), "original")))
     generator = torch.Generator().manual_seed(0)

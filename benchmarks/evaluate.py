@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
 
-from common import anchors, paired_ratio, random_llava, report
+from common import anchors, arguments, paired_ratio, random_llava, report
 from inspect_ai import eval as inspect_eval
 from inspect_ai.model import get_model
 
@@ -19,13 +18,7 @@ from cmrm.sets import Loaded
 
 def main() -> None:
     """Print the figure: replies a second through Inspect / bare."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few samples: does it still run?")
-    given = parser.parse_args()
+    given = arguments(__doc__, samples=64, batch_size=16, tokens=24, pairs=3)
     n, size, tokens = (4, 2, 4) if given.tiny else (given.samples, given.batch_size, given.tokens)
     vlm = random_llava(tiny=given.tiny)
     provider._LOADED[json.dumps(["random", {}], sort_keys=True)] = vlm

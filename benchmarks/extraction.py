@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from common import anchors, paired_ratio, random_llava, report
+from common import anchors, arguments, paired_ratio, random_llava, report
 from flops import block_flops, head_flops, vision_flops
 
 from cmrm import estimate_shift
@@ -16,12 +14,7 @@ from cmrm.prefix import SharedPrefix
 
 def main() -> None:
     """Print the figure, the share of tokens that were run, and the limit that the shapes set."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--anchors", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few anchors: does it still run?")
-    given = parser.parse_args()
+    given = arguments(__doc__, anchors=128, batch_size=8, pairs=3)
     n, size = (4, 2) if given.tiny else (given.anchors, given.batch_size)
     vlm, samples = random_llava(tiny=given.tiny), anchors(n)
     samples.sort(key=lambda s: len(s.query))

@@ -8,7 +8,6 @@ named on stderr.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import paired_ratio, report, seconds
+from common import arguments, paired_ratio, report, seconds
 
 from cmrm.data import load_prompts
 from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
@@ -68,12 +67,7 @@ PEERS = {"repeng": repeng, "steering-vectors": steering_vectors}
 
 def main() -> None:
     """Print `peer_extraction_ratio_<peer>` and `peer_decode_ratio_<peer>` of every installed one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--tiny", action="store_true", help="few prompts and one pair: does it still run?")
-    given = parser.parse_args()
+    given = arguments(__doc__, prompts=128, pairs=5, tokens=64)
     n, pairs, count = (4, 1, 4) if given.tiny else (given.prompts, given.pairs, given.tokens)
     model, tokenizer = halve(load_backbone()), load_tokenizer()
     prompts = sorted((p.text for p in load_prompts() if p.split != "test"), key=len)[:n]

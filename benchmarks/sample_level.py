@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
-from common import anchors, paired_ratio, random_llava, report
+from common import anchors, arguments, paired_ratio, random_llava, report
 
 from cmrm import Sample, SampleLevel, Steering, generate
 
 
 def main() -> None:
     """Print the figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and one pair: does it still run?")
-    given = parser.parse_args()
+    given = arguments(__doc__, pairs=15)
     vlm = random_llava(tiny=given.tiny)
     setting = Steering(alpha=0.5)
     for name, rows in (("sample_ttft_ratio", 2 if given.tiny else 8), ("sample_ttft_ratio_one_row", 1)):

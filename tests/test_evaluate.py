@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -103,8 +104,9 @@ def quiet(text: str) -> None:
 def test_the_grid_end_to_end(checkpoint: str, tmp_path: Path) -> None:
     found = evaluate(plan(checkpoint, defenses=("cmrm_dataset", "adashield_s+cmrm_dataset")), tmp_path, say=quiet)
     cells = {(c["defense"], c["condition"]): c for c in found["cells"]}
-    assert list(cells) == [("none", "original"), ("none", "query"), ("adashield_s+cmrm_dataset", "original"),
-                           ("cmrm_dataset", "original")] or set(cells) == {("none", "original")}  # fmt: skip
+    assert list(cells) == [
+        ("none", "original"), ("none", "query"), ("adashield_s+cmrm_dataset", "original"), ("cmrm_dataset", "original"),
+    ]  # fmt: skip
     for cell in cells.values():
         assert (cell["done"], cell["missing"]) == (9, 0)
         unsafe = cell["judges"]["keyword"]["unsafe"]
@@ -337,6 +339,39 @@ def test_a_batch_whose_member_never_comes_is_run_all_the_same(checkpoint: str, m
     assert output.completion is not None
 
 
+def test_a_stored_reply_waits_for_no_batch(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(text: str) -> ChatMessageUser:
+        return ChatMessageUser(content=text, metadata={BATCH_HINT: {"id": "b", "size": 2, "key": text}})
+
+    async def both(api: CmrmAPI, texts: list[str]) -> list[str]:
+        config = GenerateConfig(max_tokens=3)
+        asked = (api.generate([message(t)], [], "none", config) for t in texts)
+        return [o.completion for o in await asyncio.gather(*asked)]
+
+    first = asyncio.run(both(CmrmAPI(checkpoint, batch_size=2, store=str(tmp_path / "r.db")), ["one", "two"]))
+    monkeypatch.setattr(provider, "respond", None)
+    again = CmrmAPI(checkpoint, batch_size=2, store=str(tmp_path / "r.db"))
+    assert asyncio.run(asyncio.wait_for(both(again, ["two"]), 20)) == first[1:], "without its neighbour"
+
+
+def test_what_is_drawn_at_random_is_not_stored(checkpoint: str, tmp_path: Path) -> None:
+    api = CmrmAPI(checkpoint, batch_size=1, store=str(tmp_path / "r.db"))
+    ask(api, ["hello"], temperature=1.0)
+    assert len(ReplyStore(tmp_path / "r.db")) == 0
+    ask(api, ["hello"])
+    assert len(ReplyStore(tmp_path / "r.db")) == 1
+
+
+def test_another_training_of_the_same_architecture_is_another_run(checkpoint: str, tmp_path: Path) -> None:
+    wanted = plan(checkpoint, defenses=("none",))
+    evaluate(wanted, tmp_path, say=quiet)
+    vlm = provider.shared_vlm(checkpoint)
+    with torch.no_grad():
+        next(vlm.model.parameters()).add_(1.0)
+    with pytest.raises(InputError, match=r"holds another run .*weights"):
+        evaluate(wanted, tmp_path, say=quiet)
+
+
 def test_sampling_is_passed_on_and_what_cannot_be_is_refused(checkpoint: str) -> None:
     assert provider.generate_options(GenerateConfig(temperature=0.0)) == {}
     assert provider.generate_options(GenerateConfig(temperature=0.7, top_p=0.9)) == {
@@ -369,7 +404,7 @@ def test_conversations_become_requests() -> None:
         ([ChatMessageUser(content=[ContentAudio(audio="data:x", format="wav")])], "no audio"),
         ([ChatMessageUser(content=[ContentImage(image="https://example.org/a.png")])], "would have to be fetched"),
         ([ChatMessageUser(content=[ContentImage(image="data:image/png;base64,AAAA")])], "cannot be read"),
-        ([ChatMessageUser(content=[ContentImage(image="/nowhere/a.png")])], "cannot be read"),
+        ([ChatMessageUser(content=[ContentImage(image="/nowhere/a.png")])], "there is no image at /nowhere/a.png"),
     ],
 )
 def test_bad_conversations(messages: list[Any], said: str) -> None:
@@ -420,7 +455,7 @@ def test_the_store_keeps_whole_batches(tmp_path: Path) -> None:
     assert ReplyStore(tmp_path / "r.db").get(keys[1]) == Reply("b", 2)
     assert store.get(keys[2]) is None
     (tmp_path / "bad.db").write_text("this is no database, it is a text that is long enough to be looked at")
-    with pytest.raises(InputError, match="cannot be used as the store"):
+    with pytest.raises(InputError, match="cannot be used as a store"):
         ReplyStore(tmp_path / "bad.db")
 
 

@@ -66,7 +66,7 @@ class Recommended:
     schedule: str = "telescoped"
     """`telescoped` or `per_layer`."""
     positions: str = "last"
-    """`last`, `all`, `after_image` or `generated`."""
+    """`last`, `all`, `after_image`, `generated` or `last_prompt`."""
     layers: tuple[int, ...] | None = None
     """0-based decoder layers, or None for all."""
     preserve_norm: bool = False

@@ -29,6 +29,9 @@ _NEEDS_AN_IMAGE = {"PaliGemmaProcessor"}
 _WANTS_PIL = {"MllamaProcessor"}
 """Processors whose torchvision image processing fails on a batch in which a row has no image (transformers 5.23)."""
 
+HASHED_VALUES = 16
+"""Values of a parameter that `weights_hash` looks at."""
+
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_commit_hash", "_attn_implementation"}
 
 
@@ -211,6 +214,20 @@ def config_hash(vlm: VLM) -> str:
 
     raw = json.loads(json.dumps(vlm.model.config.to_dict(), default=str))
     return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()
+
+
+def weights_hash(vlm: VLM) -> str:
+    """Hex sha256 over the first `HASHED_VALUES` values of every parameter: tells apart trainings of one architecture, at no cost.
+
+    Parameters that are offloaded, or held in a quantised form of their own, count by name and shape alone.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(vlm.model.named_parameters()):
+        digest.update(f"\x00{name}\x00{tuple(parameter.shape)}\x00".encode())
+        if type(parameter.data) is torch.Tensor and parameter.device.type != "meta":
+            shown = parameter.detach().flatten()[:HASHED_VALUES]
+            digest.update(shown.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _turn(role: str, text: str, images: int, *, image_last: bool = False) -> dict[str, Any]:

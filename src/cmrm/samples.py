@@ -49,10 +49,15 @@ def open_images(sample: Sample) -> tuple[Image.Image, ...]:
     held = sample.image if isinstance(sample.image, tuple) else (sample.image,)
     if not held:
         raise InputError(f"sample {sample.id!r} has an empty tuple of images; give it one, or None")
-    return tuple(_open(sample, image) for image in held)
+    return tuple(open_picture(image, f"sample {sample.id!r}") for image in held)
 
 
-def _open(sample: Sample, image: Picture) -> Image.Image:
+def open_picture(image: Picture, whose: str) -> Image.Image:
+    """One image as RGB, upright according to its EXIF orientation; `whose` begins an error's message.
+
+    Raises:
+        InputError: the file is missing, broken or too large to be opened safely.
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     path = "its image" if isinstance(image, bytes) else Path(image)
@@ -61,11 +66,11 @@ def _open(sample: Sample, image: Picture) -> Image.Image:
             upright = ImageOps.exif_transpose(opened)
             return upright.convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"sample {sample.id!r}: there is no image at {path}") from None
+        raise InputError(f"{whose}: there is no image at {path}") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"sample {sample.id!r}: {path} is too large to be opened safely: {error}") from None
+        raise InputError(f"{whose}: {path} is too large to be opened safely: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"sample {sample.id!r}: {path} cannot be read as an image: {error}") from None
+        raise InputError(f"{whose}: {path} cannot be read as an image: {error}") from None
 
 
 def check_unique(samples: Sequence[Sample]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cmrm.steering import Steering
 
 DEMO = "demo"
-"""As MODEL: the demo VLM, assembled on first use."""
+"""As MODEL: the demo VLM, assembled on first use. (`cmrm.demo.DEMO`, without importing torch for `--help`.)"""
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or `demo`.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
@@ -46,7 +46,7 @@ OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop: wh
 LimitOption = Annotated[int | None, typer.Option(help="Draw so many samples, by hashed id.")]
 AlphaOption = Annotated[float | None, typer.Option(help="Strength, >= 0.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="telescoped or per_layer.")]
-PositionsOption = Annotated[str | None, typer.Option(help="last, all, after_image or generated.")]
+PositionsOption = Annotated[str | None, typer.Option(help="last, all, after_image, generated or last_prompt.")]
 LayersOption = Annotated[str | None, typer.Option(help="Decoder layers, 0-based: 0-13,20,26; all when left out.")]
 
 
@@ -79,18 +79,21 @@ def open_model(
     trust_remote_code: bool = False,
 ) -> VLM:
     """The VLM that MODEL names, `demo` among them."""
+    checked_dtype(dtype)
+    quiet(offline=model == DEMO)
+    from cmrm.demo.assemble import load_named_vlm
+
+    source: dict[str, Any] = {} if model == DEMO else {"revision": revision, "trust_remote_code": trust_remote_code}
+    return load_named_vlm(model, dtype=dtype, device_map=device_map, **source)
+
+
+def checked_dtype(dtype: str) -> str:
+    """`dtype`, or an `InputError` that lists the possible ones."""
     from cmrm.errors import InputError
 
     if dtype not in {"auto", "float32", "bfloat16", "float16"}:
         raise InputError(f"dtype is {dtype!r}; one of auto, float32, bfloat16, float16")
-    quiet(offline=model == DEMO)
-    from cmrm.models import load_vlm
-
-    if model == DEMO:
-        from cmrm.demo.assemble import IMAGE_BACKEND, demo_checkpoint
-
-        return load_vlm(demo_checkpoint(), dtype=dtype, device_map=device_map, image_backend=IMAGE_BACKEND)
-    return load_vlm(model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    return dtype
 
 
 def open_set(

@@ -36,7 +36,9 @@ def evaluate(
     settings: Annotated[
         Path | None, typer.Option(help='JSON: {"cmrm_dataset": {"alpha": 0.3, "layers": [15, 16]}, ...}.')
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Draw so many samples of every set and kind, by hashed id.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Draw so many samples of every set (demo: of each kind), by hashed id.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a reply.")] = 48,
     batch_size: c.BatchOption = 16,
     seed: c.SeedOption = 0,
@@ -58,17 +60,19 @@ def evaluate(
 
     _need_inspect()
     quiet(offline=model == c.DEMO)
-    from cmrm.conditions import Condition
-    from cmrm.evaluate.run import CONDITIONS, Plan, expanded_defenses
+    from cmrm.conditions import FIVE, Condition
+    from cmrm.evaluate.run import Plan, expanded_defenses
     from cmrm.evaluate.run import evaluate as run
 
-    wrong = [n for n in conditions.split(",") if n not in CONDITIONS]
+    wrong = [n for n in conditions.split(",") if n not in FIVE]
     if wrong:
-        raise InputError(f"unknown condition {', '.join(wrong)}; one of {', '.join(CONDITIONS)}")
+        raise InputError(f"unknown condition {', '.join(wrong)}; one of {', '.join(FIVE)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is at least 1")
     places = _places(path or [])
-    options = {"revision": revision, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": c.checked_dtype(dtype), "device_map": device_map}
+    if model != c.DEMO:
+        options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     given = _settings(settings, demo=model == c.DEMO)
     plan = Plan(
         model=model,
@@ -81,7 +85,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
-        model_options={} if model == c.DEMO else {k: v for k, v in options.items() if v not in (None, False)},
+        model_options=options,
     )
     cells = plan.cells()
     total = sum(len(loaded.samples) for _, loaded, _ in cells)

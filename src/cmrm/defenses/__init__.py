@@ -61,7 +61,7 @@ def _all_kinds() -> dict[str, type[Defense]]:
             continue
         try:
             kind = point.load()
-        except Exception as error:
+        except Exception as error:  # whatever a stranger's module raises while it is imported; named, and the run stops
             raise InputError(
                 f"the installed defence {point.name!r} ({point.value}) cannot be loaded: {error}"
             ) from error

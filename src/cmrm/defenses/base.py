@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -67,6 +68,11 @@ class Defense:
         """What the defence was set to, for every output."""
         return {}
 
+    @property
+    def parts(self) -> list[Defense]:
+        """A stack's defences, or the one itself."""
+        return [self]
+
     def fit(self, vlm: VLM, data: FitData) -> None:
         """Compute `state` (float32 tensors) from anchors."""
 
@@ -109,6 +115,14 @@ class Defense:
             raise ArtifactError(f"{path} was fitted on another model than {vlm.model_id}; fit it anew")
         self.state = tensors
 
+    def fingerprint(self) -> str:
+        """Hex sha256 of what was fitted."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for name, tensor in sorted(part.state.items()):
+                digest.update(f"\x00{part.name}\x00{name}\x00".encode() + tensor.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def fitted(self, name: str) -> torch.Tensor:
         """One tensor of `state`.
 
@@ -125,7 +139,12 @@ class Stack(Defense):
 
     def __init__(self, parts: Sequence[Defense]) -> None:
         super().__init__()
-        self.parts = list(parts)
+        self._parts = list(parts)
+
+    @property
+    def parts(self) -> list[Defense]:
+        """The defences, in order."""
+        return self._parts
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -3,3 +3,6 @@
 from cmrm.compat import mend_torchvision
 
 mend_torchvision()
+
+DEMO = "demo"
+"""Where a model is asked for by name: the demo VLM, assembled on first use."""

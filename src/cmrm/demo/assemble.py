@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cmrm.demo import DEMO
 from cmrm.demo.assets import WHEEL_SHA256
 from cmrm.errors import CmrmError
 from cmrm.files import atomic_path, cache_dir, sha256_file
@@ -74,3 +76,10 @@ def _assemble(weights: Path, folder: Path) -> None:
 def load_demo_vlm(weights: Path | None = None) -> VLM:
     """The demo VLM in bfloat16, assembled if need be."""
     return load_vlm(demo_checkpoint(weights), dtype=torch.bfloat16, image_backend=IMAGE_BACKEND)
+
+
+def load_named_vlm(model: str, **options: Any) -> VLM:
+    """The VLM that `model` names: a folder, a hub id, or `demo`; `options` are those of `load_vlm`."""
+    if model == DEMO:
+        return load_vlm(demo_checkpoint(), **(options | {"image_backend": IMAGE_BACKEND}))
+    return load_vlm(model, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 import queue
 import threading
@@ -35,13 +34,15 @@ from inspect_ai.model import (
     ModelUsage,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cmrm.conditions import Request, Turn
-from cmrm.defenses import Defense, Meter, Reply, make_defense, respond
+from cmrm.defenses import Defense, Reply, make_defense, respond
+from cmrm.demo.assemble import load_named_vlm
 from cmrm.errors import InputError
 from cmrm.evaluate.store import ReplyStore, request_key
-from cmrm.models import VLM, config_hash, load_vlm
+from cmrm.models import VLM, config_hash, weights_hash
+from cmrm.samples import open_picture
 
 BATCH_HINT = "cmrm_batch"
 """Key in a user message's metadata: `{"id", "size", "key"}` of the batch that the request belongs to, and its seed."""
@@ -58,12 +59,7 @@ def shared_vlm(model: str, **options: Any) -> VLM:
     """`model` (folder, hub id or `demo`), loaded once in this process."""
     key = json.dumps([model, options], sort_keys=True, default=str)
     if key not in _LOADED:
-        if model == "demo":
-            from cmrm.demo.assemble import load_demo_vlm
-
-            _LOADED[key] = load_demo_vlm()
-        else:
-            _LOADED[key] = load_vlm(model, **options)
+        _LOADED[key] = load_named_vlm(model, **options)
     return _LOADED[key]
 
 
@@ -77,6 +73,11 @@ class _Job:
     max_new_tokens: int
     batch: tuple[str, int] | None
     future: Future[Reply] = field(default_factory=Future)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the reply may be stored: what is drawn at random is drawn again."""
+        return not self.options.get("do_sample")
 
     @property
     def group(self) -> str:
@@ -95,7 +96,6 @@ class Batcher:
         self.context = dict(context)
         self.store = store
         self.size = size
-        self.meter = Meter()
         self._queue: queue.Queue[_Job] = queue.Queue()
         self._since = time.monotonic()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -103,8 +103,18 @@ class Batcher:
 
     def ask(self, job: _Job) -> Future[Reply]:
         """Hand in a request; the future is done when its batch is, at once where the store has the reply."""
-        self._queue.put(job)
+        held = self.store.get(self._key(job)) if self.store is not None and job.kept else None
+        if held is not None:
+            job.future.set_result(held)
+        else:
+            self._queue.put(job)
         return job.future
+
+    def _key(self, job: _Job) -> str:
+        context = {
+            **self.context, "options": job.options, "max_new_tokens": job.max_new_tokens, "batch": job.batch,
+        }  # fmt: skip
+        return request_key(context, job.request, job.seed_key)
 
     def _serve(self) -> None:
         waiting: dict[str, list[_Job]] = {}
@@ -131,14 +141,15 @@ class Batcher:
 
     def _answer(self, jobs: list[_Job]) -> None:
         live = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        live.sort(
-            key=lambda job: (len(job.request.text), job.seed_key)
-        )  # whoever came first: the same batch, the same replies
+        # The same rows in the same order, whoever came first: the same replies.
+        live.sort(key=lambda job: (len(job.request.text), job.seed_key))
         for at in range(0, len(live), self.size):
             part = live[at : at + self.size]
             try:
                 replies = self._replies(part)
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # whatever it was, the requests of this batch fail with it, and the next are answered
                 for job in part:
                     job.future.set_exception(error)
                 continue
@@ -146,20 +157,12 @@ class Batcher:
                 job.future.set_result(reply)
 
     def _replies(self, jobs: Sequence[_Job]) -> list[Reply]:
-        options, length = jobs[0].options, jobs[0].max_new_tokens
-        context = {**self.context, "options": options, "max_new_tokens": length, "batch": jobs[0].batch}
-        keys = [request_key(context, job.request, job.seed_key) for job in jobs]
-        if self.store is not None and not options.get("do_sample"):
-            held = [self.store.get(key) for key in keys]
-            if all(reply is not None for reply in held):
-                return [reply for reply in held if reply is not None]
-        with self.meter.watching(self.vlm, len(jobs)):
-            replies = respond(
-                self.vlm, self.defense, [job.request for job in jobs], max_new_tokens=length,
-                keys=[job.seed_key for job in jobs], **options,
-            )  # fmt: skip
-        if self.store is not None:
-            self.store.put(dict(zip(keys, replies, strict=True)))
+        replies = respond(
+            self.vlm, self.defense, [job.request for job in jobs], max_new_tokens=jobs[0].max_new_tokens,
+            keys=[job.seed_key for job in jobs], **jobs[0].options,
+        )  # fmt: skip
+        if self.store is not None and jobs[0].kept:
+            self.store.put({self._key(job): reply for job, reply in zip(jobs, replies, strict=True)})
         return replies
 
 
@@ -205,13 +208,10 @@ class CmrmAPI(ModelAPI):
         self.vlm = shared_vlm(model_name, **options)
         given = json.loads(settings) if isinstance(settings, str) else dict(settings or {})
         self.defense = built_defense(self.vlm, defense, given, fitted=fitted, shift=shift, alpha=alpha)
-        state = {
-            part.name: sorted((k, float(v.double().sum())) for k, v in part.state.items())
-            for part in parts(self.defense)
-        }
         self.context = {
-            "model": model_name, "config": config_hash(self.vlm), "dtype": str(self.vlm.model.dtype),
-            "defense": defense, "settings": self.defense.settings, "state": state,
+            "model": model_name, "config": config_hash(self.vlm), "weights": weights_hash(self.vlm),
+            "dtype": str(self.vlm.model.dtype), "defense": defense, "settings": self.defense.settings,
+            "fitted": self.defense.fingerprint(),
         }  # fmt: skip
         held = ReplyStore(Path(store)) if store else None
         self.batcher = Batcher(self.vlm, self.defense, self.context, held, batch_size)
@@ -263,13 +263,6 @@ class CmrmAPI(ModelAPI):
         return "cmrm"
 
 
-def parts(defense: Defense) -> list[Defense]:
-    """A stack's defences, or the one itself."""
-    from cmrm.defenses import Stack
-
-    return defense.parts if isinstance(defense, Stack) else [defense]
-
-
 def built_defense(
     vlm: VLM,
     name: str,
@@ -304,7 +297,7 @@ def built_defense(
         for part in steered:
             merged[part]["alpha"] = alpha
     made = make_defense(name, merged)
-    for one in parts(made):
+    for one in made.parts:
         if one.name == "cmrm_dataset" and artifact is not None:
             one.state = {"vectors": artifact.vectors}
         elif one.needs_fit:
@@ -377,13 +370,12 @@ def opened(source: str) -> Image.Image:
     Raises:
         InputError: it is neither, or is no image. Nothing is fetched from the network.
     """
-    try:
-        if source.startswith("data:"):
-            with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) as held:
-                return held.convert("RGB")
-        if "://" in source:
-            raise InputError(f"the image {source[:80]} would have to be fetched; give a file or a data URI")
-        with Image.open(source) as held:
-            return held.convert("RGB")
-    except (OSError, UnidentifiedImageError, binascii.Error, ValueError) as error:
-        raise InputError(f"an image of the conversation cannot be read: {error}") from None
+    whose = "an image of the conversation"
+    if source.startswith("data:"):
+        try:
+            return open_picture(base64.b64decode(source.partition(",")[2], validate=True), whose)
+        except binascii.Error as error:
+            raise InputError(f"{whose} cannot be read: {error}") from None
+    if "://" in source:
+        raise InputError(f"{whose}, {source[:80]}, would have to be fetched; give a file or a data URI")
+    return open_picture(source, whose)

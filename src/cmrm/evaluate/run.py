@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -11,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmrm.artifact import library_versions
-from cmrm.conditions import FIVE, Condition, build_request
+from cmrm.conditions import Condition, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
+from cmrm.demo import DEMO
 from cmrm.errors import InputError
 from cmrm.evaluate.grid import grid, read_cells
-from cmrm.evaluate.provider import CmrmAPI, parts, shared_vlm
+from cmrm.evaluate.provider import CmrmAPI, built_defense, shared_vlm
+from cmrm.evaluate.scorers import judge_named
 from cmrm.evaluate.tasks import set_task
 from cmrm.files import write_json
-from cmrm.judges import make_judge
-from cmrm.models import VLM
-from cmrm.samples import Sample
+from cmrm.models import VLM, config_hash, weights_hash
+from cmrm.samples import Sample, set_hash
 from cmrm.sets import Loaded
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Plan:
         if not self.judges:
             raise InputError("name at least one judge")
         for name in self.judges:
-            make_judge(name)
+            judge_named(name)
         if self.anchors is not None:
             tested = {sample.query for loaded in self.sets for sample in loaded.samples}
             shared = [s.id for s in (*self.anchors.harmful, *self.anchors.benign) if s.query in tested]
@@ -139,7 +141,7 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
         assert isinstance(model.api, CmrmAPI)
         for task in tasks:
             task.metadata = {**(task.metadata or {}), "settings": model.api.defense.settings}
-        with _offline(plan.model == "demo"), redirect_stdout(StringIO()):
+        with _offline(plan.model == DEMO), redirect_stdout(StringIO()):
             done, logs = eval_set(
                 tasks, log_dir=str(out / "logs" / defense), model=model, display="none", log_images=False, log_level="error",
                 continue_on_fail=True, retry_attempts=1, retry_immediate=True, max_tasks=1,
@@ -169,7 +171,7 @@ def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
     """Fit what has to be fitted and is not yet, one file a defence; the folder."""
     wanted: dict[str, Defense] = {}
     for name in plan.defenses:
-        for part in parts(make_defense(name, plan.settings)):
+        for part in make_defense(name, plan.settings).parts:
             if part.needs_fit:
                 wanted[part.name] = part
     for name, defense in wanted.items():
@@ -189,8 +191,6 @@ def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
 
 def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, dict[str, float]]:
     """What each defence costs a request, measured on a few: prompts and tokens run, seconds, and its tensors' bytes."""
-    from cmrm.evaluate.provider import built_defense
-
     samples = [s for loaded in plan.sets for s in loaded.samples if s.image is not None and s.label == "harmful"]
     if not samples:
         return {}
@@ -204,20 +204,15 @@ def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, d
         held = requests[2:] or requests
         with meter.watching(vlm, len(held)):
             respond(vlm, defense, held, max_new_tokens=plan.max_new_tokens)
-        size = sum(v.numel() * v.element_size() for part in parts(defense) for v in part.state.values())
+        size = sum(v.numel() * v.element_size() for part in defense.parts for v in part.state.values())
         costs[name] = {**meter.per_request(), "state_bytes": float(size)}
     return costs
 
 
 def _same_run(plan: Plan, vlm: VLM, out: Path) -> None:
     """Logs of one folder belong together: the same model, sets and settings."""
-    import json
-
-    from cmrm.models import config_hash
-    from cmrm.samples import set_hash
-
     held = {
-        "model": plan.model, "config": config_hash(vlm), "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
+        "model": plan.model, "config": config_hash(vlm), "weights": weights_hash(vlm), "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
         "batch_size": plan.batch_size, "settings": json.loads(json.dumps(_plain(plan.settings))),
         "anchors": _anchor_hash(plan.anchors), "sets": {s.name: set_hash(s.samples) for s in plan.sets},
     }  # fmt: skip
@@ -239,8 +234,6 @@ def _same_run(plan: Plan, vlm: VLM, out: Path) -> None:
 
 
 def _anchor_hash(anchors: FitData | None) -> str | None:
-    from cmrm.samples import set_hash
-
     return set_hash([*_told(anchors.harmful, "h"), *_told(anchors.benign, "b")]) if anchors else None
 
 
@@ -265,6 +258,3 @@ def _offline(wanted: bool) -> Iterator[None]:
     finally:
         if wanted and before is None:
             os.environ.pop("HF_HUB_OFFLINE", None)
-
-
-CONDITIONS = tuple(c.value for c in FIVE)

@@ -1,17 +1,17 @@
-"""Replies on disk, by everything that they hang on: what was generated once is never generated again."""
+"""Replies on disk, by everything that they hang on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cmrm.conditions import Request
 from cmrm.defenses.base import Reply
-from cmrm.errors import InputError
+from cmrm.store import TextStore
 
 
 def request_key(context: Mapping[str, Any], request: Request, seed_key: str) -> str:
@@ -32,30 +32,20 @@ def request_key(context: Mapping[str, Any], request: Request, seed_key: str) -> 
 
 
 class ReplyStore:
-    """A small SQLite file; a batch is written whole or not at all, also under kill -9."""
+    """A `TextStore` of replies."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `InputError` when the file cannot be opened as what `ReplyStore` writes."""
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = sqlite3.connect(path, check_same_thread=False, timeout=60)
-            self._held.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT, tokens INTEGER)")
-            self._held.commit()
-        except (OSError, sqlite3.Error) as error:
-            raise InputError(f"{path} cannot be used as the store of replies: {error}") from None
+        """Raises `InputError` when the file cannot be used."""
+        self._held = TextStore(path)
 
     def get(self, key: str) -> Reply | None:
-        """The reply under `key`, where it has one."""
-        row = self._held.execute("SELECT text, tokens FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Reply(str(row[0]), int(row[1]))
+        """The reply under `key`, where there is one."""
+        text = self._held.get(key)
+        return None if text is None else Reply(**json.loads(text))
 
     def put(self, replies: Mapping[str, Reply]) -> None:
-        """Store a batch."""
-        with self._held:
-            self._held.executemany(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", [(k, r.text, r.tokens) for k, r in replies.items()]
-            )
+        """Store a batch, whole."""
+        self._held.put({key: json.dumps(asdict(reply)) for key, reply in replies.items()})
 
     def __len__(self) -> int:
-        return int(self._held.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+        return len(self._held)
