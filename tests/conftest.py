@@ -53,6 +53,7 @@ def anchors() -> list[Sample]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Tests never touch the user's cache, except those that ask for the assembled demo VLM."""
+    """Tests never touch the user's cache, except those that ask for the assembled demo VLM, nor the user's data."""
+    monkeypatch.delenv("CMRM_DATA", raising=False)
     if "demo" not in request.keywords:
         monkeypatch.setenv("CMRM_CACHE", str(tmp_path))

@@ -232,12 +232,49 @@ def test_a_stack_rewrites_and_steers(vlm: VLM, data: FitData) -> None:
         ("cmrm_dataset+cmrm_dataset", {}, "twice"),
         ("cmrm_dataset", {"cmrm_dataset": {"strength": 1}}, "does not take these settings"),
         ("cmrm_sample", {"cmrm_sample": {"alpha": -0.1}}, "alpha is -0.1"),
+        ("cmrm_sample@weak", {"cmrm_sample@weak": {"alpha": -0.1}}, "alpha is -0.1"),
+        ("cmrm_dataset@weak", {}, "'cmrm_dataset@weak' has no settings.*cmrm_dataset@paper"),
+        ("ecso@weak", {}, "'ecso@weak' has no settings: give them"),
+        ("cmrm_dataset@", {}, "names no variant"),
+        ("cmrm_dataset@a b", {}, "names no variant"),
+        ("nonsense@paper", {}, "unknown defence 'nonsense@paper'"),
         ("cmrm_sample", {"cmrm_sample": {"corruption": "other"}}, "choose another corruption"),
     ],
 )
 def test_bad_names_and_settings(name: str, settings: dict[str, dict[str, object]], said: str) -> None:
     with pytest.raises(InputError, match=said):
         make_defense(name, settings)
+
+
+def test_variants_stand_side_by_side(vlm: VLM, data: FitData, tmp_path: Path) -> None:
+    settings = {
+        "cmrm_dataset": {"alpha": 0.5},
+        "cmrm_dataset@weak": {"alpha": 0.1},
+        "cmrm_dataset@paper": {"alpha": 0.2},
+    }
+    made = {n: make_defense(n, settings) for n in ("cmrm_dataset", "cmrm_dataset@weak", "cmrm_dataset@paper")}
+    assert {n: d.name for n, d in made.items()} == {n: n for n in made}
+    assert [d.settings["alpha"] for d in made.values()] == [0.5, 0.1, 0.2], "each has its own"
+    assert [d.settings["schedule"] for d in made.values()] == ["telescoped", "telescoped", "per_layer"]
+    assert make_defense("cmrm_sample@paper").settings["positions"] == "all", "the paper's letter needs no settings"
+    weak = made["cmrm_dataset@weak"]
+    weak.fit(vlm, data)
+    weak.save(tmp_path / "w.safetensors", vlm)
+    with pytest.raises(ArtifactError, match="no fitted cmrm_dataset"):
+        made["cmrm_dataset"].load(tmp_path / "w.safetensors", vlm)
+    stack = make_defense("adashield_s+cmrm_sample@paper")
+    assert isinstance(stack, Stack)
+    assert set(stack.settings) == {"adashield_s", "cmrm_sample@paper"}
+
+
+def test_further_samples_count_for_the_shift_and_not_for_the_harm(vlm: VLM, data: FitData) -> None:
+    split = FitData(data.harmful[:4], data.benign, 2, more=data.harmful[4:])
+    for name, same in (("cmrm_dataset", True), ("null_space", True), ("refusal_direction", False)):
+        whole, parts = make_defense(name), make_defense(name)
+        whole.fit(vlm, data)
+        parts.fit(vlm, split)
+        key = next(iter(whole.state))
+        assert torch.allclose(whole.state[key], parts.state[key], atol=1e-5) is same, name
 
 
 def test_a_third_party_registers_its_own(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +328,7 @@ def test_the_meter_counts_what_is_run(vlm: VLM) -> None:
     assert meter.per_request()["prefills"] == 1
     assert meter.prompt_tokens == tokens
     assert meter.decoded_tokens <= 2 * 3
+    assert meter.peak_bytes is None or meter.peak_bytes >= 0
     assert not vlm.layers[0]._forward_pre_hooks
 
 

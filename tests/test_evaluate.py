@@ -557,7 +557,7 @@ def test_fluency_is_measured_of_harmless_answers_alone(checkpoint: str, tmp_path
         "empty": " ",
     }
     cell = Cell("s", "original", "none", samples={
-        key: {"kind": "harmful" if key == "harmful" else "benign", "request": "How do I paint?", "reply": reply, "scores": {}}
+        key: {"kind": "harmful" if key == "harmful" else "benign", "request": "How do I paint?", "reply": reply, "scores": {}, "verdicts": {}}
         for key, reply in said.items()
     })  # fmt: skip
     assert harmless_answers(cell) == [("How do I paint?", "Use a brush.")]
@@ -574,7 +574,7 @@ def cells_of(defense: str, replies: dict[str, tuple[str, str, str]]) -> list[Cel
     return [
         Cell(name, "original", defense, 1, {"x": {
             "kind": kind, "category": "", "request": "How do I paint?", "reply": "With paint.",
-            "scores": {"cmrm_judge_keyword": verdict, "cmrm_exact": "not asked"},
+            "scores": {"cmrm_exact": "not asked"}, "verdicts": {"keyword": verdict},
         }}, harm=harm)
         for name, (harm, kind, verdict) in replies.items()
     ]  # fmt: skip
@@ -633,13 +633,36 @@ def test_a_judge_that_sees_images_is_shown_them_and_never_guesses_without(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cmrm.evaluate.scorers.make_judge", lambda name: Onlooker())
+    monkeypatch.setattr("cmrm.evaluate.run.judge_maker", lambda name: Onlooker)
     evaluate(plan(checkpoint, defenses=(), judges=("onlooker",), conditions=(Condition.ORIGINAL,)), tmp_path, say=quiet)
     (cell,) = read_cells(tmp_path / "logs")
-    said = {key: s["scores"]["cmrm_judge_onlooker"] for key, s in cell.samples.items() if s["kind"] == "harmful"}
+    said = {key: s["verdicts"]["onlooker"] for key, s in cell.samples.items() if s["kind"] == "harmful"}
     assert said == {f"h{k}": "unsafe" if c == "red" else "safe" for k, c in enumerate(COLOURS)}
     again = rescore(tmp_path, ["onlooker"])
     unsafe = again["cells"][0]["judges"]["onlooker"]["unsafe"]
     assert (unsafe["n"], unsafe["unscored"]) == (0, 5), "the logs keep no images"
+
+
+def test_judges_whose_names_hold_slashes_are_in_the_grid(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inspect cuts a scorer's name at its first slash: endpoints, hub ids and paths all have some."""
+
+    class Fixed:
+        name = "fixed"
+
+        def judge(self, request: str, reply: str) -> Verdict:
+            return Verdict.UNSAFE
+
+    names = ("openai:m@http://localhost:1/v1#engages", "guard:wildguard=org/model", "chat:org/model")
+    for module in ("run", "scorers"):
+        monkeypatch.setattr(f"cmrm.evaluate.{module}.judge_named", lambda name: Fixed())
+    found = evaluate(plan(checkpoint, defenses=("none",), judges=names), tmp_path, say=quiet)
+    assert found["judges"] == sorted(names)
+    for name in names:
+        assert found["cells"][0]["judges"][name]["unsafe"]["rate"] == 1.0
+    again = rescore(tmp_path, [names[1]])
+    assert again["judges"] == sorted(names), "it replaces what the judge said before"
 
 
 def rows_file(folder: Path, name: str, rows: list[tuple[str, str, str]]) -> Path:

@@ -17,7 +17,7 @@ from PIL import Image
 import cmrm.prefix
 from cmrm import Sample, estimate_shift
 from cmrm.capture import capture_inputs
-from cmrm.conditions import Request, build_requests
+from cmrm.conditions import Request, Turn, build_requests
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
 from cmrm.moments import SKETCH, Moments
@@ -149,10 +149,10 @@ def test_a_row_takes_so_many_tokens_and_no_more(vlm: VLM, monkeypatch: pytest.Mo
 def test_a_model_that_cannot_be_packed_is_padded(vlm: VLM, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
     packed = packed_states
 
-    def troubled(*args: Any) -> list[torch.Tensor]:
+    def troubled(*args: Any, **kept: Any) -> list[torch.Tensor]:
         if trouble == "refused":
             raise ValueError("no mask of four dimensions is taken here")
-        return [states + 0.5 * states.roll(1, -1) for states in packed(*args)]
+        return [states + 0.5 * states.roll(1, -1) for states in packed(*args, **kept)]
 
     monkeypatch.setattr(cmrm.prefix, "packed_states", troubled)
     runner = SharedPrefix(vlm)
@@ -170,8 +170,8 @@ def test_conditions_that_cannot_share_a_pass_are_run_apart(
 ) -> None:
     packed = packed_states
 
-    def troubled(vlm: VLM, backbone: Any, parts: Any, cache: Any = None) -> list[torch.Tensor]:
-        found = packed(vlm, backbone, parts, cache)
+    def troubled(vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any) -> list[torch.Tensor]:
+        found = packed(vlm, backbone, parts, cache, **kept)
         if len(parts) == 1:
             return found
         if trouble == "refused":
@@ -365,6 +365,49 @@ def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM, monkeypatch: py
     assert pair.joint_batches == 2, "both conditions in one pass"
     suffixes = runner.whole_tokens // 2 - 3 * runner.tokens
     assert runner.fresh_tokens - before <= suffixes + 3 * 7, "only what stands behind the prefix is run"
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_conversations_next_turn_runs_its_new_tokens_alone(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch, joint: bool
+) -> None:
+    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000 if joint else 0)
+    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 4)
+    text, corrupted = SharedPrefix(vlm), SharedPrefix(vlm)
+    pair = PrefixPair(vlm, text, corrupted)
+    picture = Image.new("RGB", (20, 16), "white")
+
+    def turn(*said: str, asked: str) -> tuple[list[Request], list[Request]]:
+        before = tuple(
+            Turn("assistant" if k % 2 else "user", words, () if k else (picture,)) for k, words in enumerate(said)
+        )
+        request = Request(asked, () if said else (picture,), before=before)
+        return [request.without_images()], [request]
+
+    talk: list[str] = []
+    for number, (asked, answer) in enumerate(
+        [("What colour is the wall in it?", "A pale one."), ("Why is that so?", "For the light."), ("And then?", "")]
+    ):
+        given = turn(*talk, asked=asked)
+        before = [runner.fresh_tokens for runner in (text, corrupted)]
+        found = pair.states(*given)
+        for states, requests in zip(found, given, strict=True):
+            assert torch.allclose(states, whole(vlm, requests), atol=1e-4)
+        if number:
+            for runner, start, requests in zip((text, corrupted), before, given, strict=True):
+                length = encode(vlm, requests)["input_ids"].shape[1]
+                assert runner.fresh_tokens - start < length - runner.tokens, "not all that stands behind the prefix"
+                assert runner.fresh_tokens - start <= len(f"{talk[-1]} {asked}") + 40
+        talk += [asked, answer]
+    assert pair.joint_batches == (3 if joint else 0)
+    other = turn(asked="Something else altogether, if you please")
+    for states, requests in zip(pair.states(*other), other, strict=True):
+        assert torch.allclose(states, whole(vlm, requests), atol=1e-4), (
+            "another conversation takes nothing from the last"
+        )
+    several = [list(build_requests(some(3), condition)) for condition in ("query", "blank")]
+    for states, requests in zip(pair.states(*several), several, strict=True):
+        assert torch.allclose(states, whole(vlm, requests), atol=1e-4)
 
 
 def test_changed_weights_start_a_new_prefix(vlm: VLM) -> None:

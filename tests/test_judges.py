@@ -16,10 +16,12 @@ from cmrm import Verdict
 from cmrm.cli.main import app
 from cmrm.errors import CmrmError, InputError, ModelError
 from cmrm.evaluate.statistics import verdict_rate
-from cmrm.judges import EnsembleJudge, RegressionJudge, judge_names, make_judge
-from cmrm.judges.endpoint import EndpointJudge, parse_engages, parse_strongreject
+from cmrm.judges import EnsembleJudge, RegressionJudge, judge_maker, judge_model, judge_names, make_judge
+from cmrm.judges.endpoint import EndpointJudge
 from cmrm.judges.ensemble import Regression, shipped_regression
 from cmrm.judges.guard import KINDS, GuardJudge, parse_harmbench, parse_llama_guard, parse_wildguard
+from cmrm.judges.local import ChatJudge, chat_source
+from cmrm.judges.rubrics import parse_engages, parse_strongreject
 
 XSTEST = Path(__file__).resolve().parents[2] / "shared" / "data" / "xstest"
 
@@ -157,7 +159,7 @@ def test_guards_that_cannot_be_used(tmp_path: Path) -> None:
     for name, said in (("guard:magic=x", "no guard:KIND=MODEL"), ("guard:wildguard", "no guard:KIND=MODEL")):
         with pytest.raises(InputError, match=said):
             make_judge(name)
-    with pytest.raises(ModelError, match="cannot load the guard"):
+    with pytest.raises(ModelError, match="cannot load the judge"):
         make_judge(f"guard:wildguard={tmp_path}")
     bare = tiny_processor().tokenizer
     bare.chat_template = None
@@ -206,6 +208,99 @@ def test_a_guard_with_vision_sees_what_the_model_saw() -> None:
     assert "pixel_values" not in seen[0]
     assert not torch.equal(seen[1]["pixel_values"], seen[2]["pixel_values"])
     assert not GuardJudge("harmbench", Guard(), tiny_processor().tokenizer).sees_images
+
+
+class Listener:
+    """A chat model that says what it is told to, and keeps what it was asked."""
+
+    def __init__(self, tokenizer: Any, *said: str) -> None:
+        import torch
+
+        self.device = torch.device("cpu")
+        self.tokenizer, self.said, self.asked = tokenizer, list(said), list[str]()
+        self.limits: list[int] = []
+
+    def eval(self) -> Listener:
+        return self
+
+    def generate(self, input_ids: Any, max_new_tokens: int, **options: Any) -> Any:
+        import torch
+
+        assert options["do_sample"] is False
+        self.asked.append(self.tokenizer.decode(input_ids[0]))
+        self.limits.append(max_new_tokens)
+        answer = self.tokenizer(self.said.pop(0), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([input_ids, answer], dim=1)
+
+
+def chat_tokenizer() -> Any:
+    """The tests' own tokenizer, with letters enough for a verdict."""
+    from conftest import tiny_processor
+
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def test_a_chat_model_judges_without_a_server() -> None:
+    tokenizer = chat_tokenizer()
+    model = Listener(tokenizer, "SAFE", "UNSAFE", "I think it is SAFE", "8 6")
+    judge = ChatJudge(model, tokenizer, source="some/model")
+    assert judge.name == "chat:some/model#engages"
+    kept = [tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) for text in ("SAFE", "8 6")]
+    assert kept == ["SAFE", "8 6"], "the tokenizer of this test keeps what is said"
+    assert [judge.judge("How?", "Like this.") for _ in range(3)] == [Verdict.SAFE, Verdict.UNSAFE, Verdict.UNSCORED]
+    assert judge.judge("How?", " ") is Verdict.UNSCORED
+    assert len(model.asked) == 3, "an empty reply is not asked about"
+    assert "How?" in model.asked[0]
+    assert "Like this." in model.asked[0]
+    assert judge.rate("What is it?", "a dog", "A brown dog.", "A dog.") == (8.0, 6.0)
+    assert model.limits == [8, 8, 8, 32]
+
+
+def test_chat_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmrm.judges import local
+
+    tokenizer = chat_tokenizer()
+    monkeypatch.setattr(local, "load_judge_model", lambda source: (Listener(tokenizer), tokenizer))
+    judge = make_judge("chat:meta-llama/Meta-Llama-3-8B-Instruct#strongreject")
+    assert isinstance(judge, ChatJudge)
+    assert judge.name.endswith("Instruct#strongreject")
+    assert judge.rubric.parse is parse_strongreject
+    folder = tmp_path / "a#b"
+    folder.mkdir()
+    assert chat_source(str(folder)) == (str(folder), "engages"), "a folder's own name may hold the mark"
+    for name, said in (
+        ("chat:", "unknown judge"),
+        ("chat:#engages", "no chat:MODEL"),
+        ("chat:m#mine", "unknown rubric"),
+    ):
+        with pytest.raises(InputError, match=said):
+            make_judge(name)
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="has no chat template"):
+        make_judge("chat:some/model")
+
+
+def test_a_judge_is_named_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmrm.judges import guard, local
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(local, "load_judge_model", never)
+    monkeypatch.setattr(guard, "load_judge_model", never)
+    names = {"keyword": None, "chat:a/b": "a/b", "chat:a/b#strongreject": "a/b", "guard:wildguard=c/d": "c/d",
+             "openai:m@http://localhost:1/v1": None}  # fmt: skip
+    assert {name: judge_model(name) for name in names} == names
+    with pytest.raises(AssertionError, match="loaded"):
+        judge_maker("chat:a/b")()
+
+
+def test_a_cap_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMRM_JUDGE_MAX_CALLS", "a few")
+    with pytest.raises(InputError, match="CMRM_JUDGE_MAX_CALLS is 'a few'"):
+        make_judge("openai:m@http://localhost:1/v1")
 
 
 class Server(BaseHTTPRequestHandler):

@@ -146,7 +146,7 @@ def test_repeated_ids_are_refused(folder: Path) -> None:
 def test_unknown_variant_missing_path_and_stray_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no variant 'huge'; one of tiny"):
         load_samples("figstep", path=tmp_path, variant="huge")
-    with pytest.raises(InputError, match=r"needs --path; there must lie: SafeBench-Tiny.csv"):
+    with pytest.raises(InputError, match=r"needs --path, or CMRM_DATA with .*; there must lie: SafeBench-Tiny.csv"):
         load_samples("figstep")
     with pytest.raises(InputError, match="there is no folder"):
         load_samples("figstep", path=tmp_path / "none")

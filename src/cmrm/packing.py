@@ -59,11 +59,16 @@ def window_of(cache: Any) -> int | None:
 
 
 def packed_states(
-    vlm: VLM, backbone: Callable[..., Any], parts: Sequence[Continuations], cache: Any = None
+    vlm: VLM,
+    backbone: Callable[..., Any],
+    parts: Sequence[Continuations],
+    cache: Any = None,
+    keep: list[Any] | None = None,
 ) -> list[torch.Tensor]:
     """States float32 [N, L, d] on the CPU at the last token of each continuation, for each of `parts`; one or more passes.
 
-    `cache` is `side_by_side` of the parts' caches, where it is at hand.
+    `cache` is `side_by_side` of the parts' caches, where it is at hand. `keep` is given the cache of each pass, which holds its row behind the
+    prefixes.
 
     Raises:
         KeyError: the parts have not the same inputs by token. Whatever the model raises.
@@ -79,7 +84,10 @@ def packed_states(
             held += len(flat[taken][1]["input_ids"])
             taken += 1
         row, flat = flat[:taken], flat[taken:]
-        for (k, _), states in zip(row, _one_row(vlm, backbone, parts, cache, row), strict=True):
+        states_of_row, used = _one_row(vlm, backbone, parts, cache, row)
+        if keep is not None:
+            keep.append(used)
+        for (k, _), states in zip(row, states_of_row, strict=True):
             found[k].append(states)
     return [torch.stack(states) for states in found]
 
@@ -90,8 +98,8 @@ def _one_row(
     parts: Sequence[Continuations],
     cache: Any,
     row: Sequence[tuple[int, dict[str, torch.Tensor]]],
-) -> torch.Tensor:
-    """States [len(row), L, d] of one forward pass; `row` holds (number of its part, inputs by token)."""
+) -> tuple[torch.Tensor, Any]:
+    """States [len(row), L, d] of one forward pass, and the cache that it filled; `row` holds (number of its part, inputs by token)."""
     starts = [sum(part.length for part in parts[:k]) for k in range(len(parts) + 1)]
     past, lengths = starts[-1], [len(tokens["input_ids"]) for _, tokens in row]
     width, device, dtype = sum(lengths), vlm.device, vlm.model.dtype
@@ -112,9 +120,9 @@ def _one_row(
     inputs = {name: torch.cat([tokens[name] for _, tokens in row])[None].to(device) for name in row[0][1]}
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     with StateHooks(vlm, last, rows=torch.zeros_like(last)) as hooks:
-        behind = with_cache(backbone, expanded(cache, 1))
-        backbone(**inputs, **behind, attention_mask=mask, position_ids=position_ids)
-    return hooks.states()
+        used = expanded(cache, 1)
+        backbone(**inputs, **with_cache(backbone, used), attention_mask=mask, position_ids=position_ids)
+    return hooks.states(), used
 
 
 def expanded(cache: Any, rows: int) -> Any:
@@ -141,4 +149,15 @@ def side_by_side(caches: Sequence[Any]) -> Any:
             continue
         layer.keys = torch.cat([cache.layers[index].keys for cache in caches], dim=2)
         layer.values = torch.cat([cache.layers[index].values for cache in caches], dim=2)
+    return made
+
+
+def spans_of(cache: Any, spans: Sequence[slice]) -> Any:
+    """A cache of one row with the keys and values of `spans` of tokens alone, one behind the other; the original is left as it is."""
+    made = expanded(cache, 1)
+    for layer in made.layers:
+        if layer.keys is None:
+            continue
+        layer.keys = torch.cat([layer.keys[:, :, span] for span in spans], dim=2)
+        layer.values = torch.cat([layer.values[:, :, span] for span in spans], dim=2)
     return made

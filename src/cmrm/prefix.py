@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from cmrm.capture import StateHooks, capture_inputs
 from cmrm.compat import cache_of, with_cache
 from cmrm.conditions import Request
 from cmrm.models import VLM, encode
-from cmrm.packing import Continuations, expanded, not_packable, packed_states, side_by_side, window_of
+from cmrm.packing import Continuations, expanded, not_packable, packed_states, side_by_side, spans_of, window_of
 
 TOLERANCE = {torch.float32: 1e-3}
 HALF_TOLERANCE = 0.05
@@ -46,6 +46,36 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Ke
 Encoded = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The last prompt that was run on its own: a conversation's next turn begins with it."""
+
+    ids: torch.Tensor
+    """int64 [n], the whole prompt."""
+    cache: Any
+    """Keys and values, one row."""
+    spans: tuple[slice, ...]
+    """Where in the cache they lie, in order."""
+
+    def shared_with(self, ids: torch.Tensor) -> int:
+        """Tokens that another prompt begins with too; its last one is left to be run."""
+        shorter = min(len(ids) - 1, len(self.ids))
+        return int((ids[:shorter] == self.ids[:shorter]).int().cumprod(0).sum())
+
+    def first(self, length: int) -> Any:
+        """A cache of the first `length` tokens."""
+        taken = []
+        for span in self.spans:
+            size = min(length, span.stop - span.start)
+            taken.append(slice(span.start, span.start + size))
+            length -= size
+        return spans_of(self.cache, taken)
+
+
+KEPT_TOKENS = 32
+"""What is kept of the last prompt is used where it saves at least so many tokens: fewer are run again more quickly than a cache is copied."""
+
+
 class SharedPrefix:
     """Captures states of prompts that begin like the first one; others, and models that cannot, are run whole."""
 
@@ -64,6 +94,7 @@ class SharedPrefix:
         """Tokens that went through the model, padding included."""
         self.whole_tokens = 0
         """Tokens of all prompts, which a plain forward would have run, without padding."""
+        self._kept: Kept | None = None
         self._ids: torch.Tensor | None = None
         self._extra: Encoded = {}
         self._cache: Any = None
@@ -116,6 +147,7 @@ class SharedPrefix:
             self._give_up("images enter by cross-attention, not by tokens")
             return
         self._extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
+        self._kept = None
         self._ids = a[:length].clone()
         self.tokens = length
         try:
@@ -136,7 +168,7 @@ class SharedPrefix:
             self._give_up(f"the model does not go on from a cache: {_in_a_line(error)}")
 
     def _give_up(self, reason: str) -> None:
-        self.reason, self._cache, self._ids = reason, None, None
+        self.reason, self._cache, self._ids, self._kept = reason, None, None, None
 
     def _probe(self, encoded: Encoded, other: Encoded) -> None:
         """Compare states of `encoded` with a whole forward: packed behind `other`'s, and where that fails in a batch."""
@@ -180,10 +212,35 @@ class SharedPrefix:
         extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
         return extra.keys() == self._extra.keys() and all(torch.equal(v, self._extra[k]) for k, v in extra.items())
 
-    def _behind(self, encoded: Encoded) -> Encoded:
-        """Inputs by token of what stands behind the prefix: [n] by name."""
+    def start_of(self, encoded: Sequence[Encoded]) -> int:
+        """Tokens that are not run again of each of these prompts: the prefix; of a single prompt all that the last single one began with,
+        which leaves of a conversation's next turn its new tokens alone."""
+        if len(encoded) == 1 and self._kept is not None:
+            length = self._kept.shared_with(encoded[0]["input_ids"][0])
+            if length >= self.tokens + KEPT_TOKENS:
+                return length
+        return self.tokens
+
+    def _cache_of(self, start: int) -> Any:
+        if start == self.tokens:
+            return self._cache
+        assert self._kept is not None
+        return self._kept.first(start)
+
+    def keep(self, encoded: Sequence[Encoded], cache: Any, spans: Sequence[slice] | None = None) -> None:
+        """Remember a single prompt's keys and values (None: all that `cache` holds); nothing of several."""
+        if len(encoded) == 1 and self._window is None:
+            ids = encoded[0]["input_ids"][0].clone()
+            self._kept = Kept(ids, cache, tuple(spans) if spans is not None else (slice(0, len(ids)),))
+
+    def forget(self) -> None:
+        """Drop what is kept of the last prompt."""
+        self._kept = None
+
+    def _behind(self, encoded: Encoded, start: int) -> Encoded:
+        """Inputs by token of what stands behind the first `start` tokens: [n] by name."""
         return {
-            name: value[0, self.tokens :]
+            name: value[0, start:]
             for name, value in encoded.items()
             if name not in _NOT_BEHIND_A_CACHE and self._follows_tokens(value, encoded)
         }
@@ -204,16 +261,21 @@ class SharedPrefix:
 
     def continuations(self, encoded: Sequence[Encoded]) -> Continuations:
         """What stands behind the prefix in each of `encoded`, about to be run packed."""
-        tokens = tuple(self._behind(one) for one in encoded)
+        start = self.start_of(encoded)
+        tokens = tuple(self._behind(one, start) for one in encoded)
         self.fresh_tokens += sum(len(one["input_ids"]) for one in tokens)
         self._positions(self._offsets)
-        return Continuations(self._cache, self.tokens, self._offsets, tokens)
+        return Continuations(self._cache_of(start), start, self._offsets, tokens)
 
     def _packed(self, encoded: list[Encoded]) -> torch.Tensor:
-        return packed_states(self.vlm, self.backbone, [self.continuations(encoded)])[0]
+        used: list[Any] = []
+        found = packed_states(self.vlm, self.backbone, [self.continuations(encoded)], keep=used)[0]
+        self.keep(encoded, used[0])
+        return found
 
     def _padded(self, encoded: list[Encoded]) -> torch.Tensor:
-        tokens = [self._behind(one) for one in encoded]
+        start = self.start_of(encoded)
+        tokens = [self._behind(one, start) for one in encoded]
         lengths = [len(one["input_ids"]) for one in tokens]
         width, rows = max(lengths), len(encoded)
         inputs = {
@@ -224,7 +286,9 @@ class SharedPrefix:
         self._positions(self._offsets)
         self.fresh_tokens += rows * width
         with StateHooks(self.vlm, last) as hooks:
-            self.backbone(**inputs, **with_cache(self.backbone, expanded(self._cache, rows)))
+            used = expanded(self._cache_of(start), rows)
+            self.backbone(**inputs, **with_cache(self.backbone, used))
+        self.keep(encoded, used)
         return hooks.states()
 
     def _whole(self, requests: list[Request]) -> torch.Tensor:
@@ -255,12 +319,8 @@ class PrefixPair:
         """States float32 [B, L, d] on the CPU of both conditions."""
         runners, requests = (self.text, self.corrupted), (text, corrupted)
         encoded = [runner.encoded(some) for runner, some in zip(runners, requests, strict=True)]
-        fresh = sum(
-            sum(one["input_ids"].shape[1] - runner.tokens for one in some)
-            for runner, some in zip(runners, encoded, strict=True)
-        )
         packs = all(runner.packs(some) for runner, some in zip(runners, encoded, strict=True))
-        if self.apart is None and packs and fresh <= JOINT_TOKENS:
+        if self.apart is None and packs and self._fresh(encoded) <= JOINT_TOKENS:
             if not self._probed:
                 self._probe([some[:1] for some in encoded])
             if self.apart is None:
@@ -269,15 +329,33 @@ class PrefixPair:
                 return h_t, h_c
         return self.text.run(text, encoded[0]), self.corrupted.run(corrupted, encoded[1])
 
+    def _fresh(self, encoded: Sequence[Sequence[Encoded]]) -> int:
+        """Tokens that have to be run of both conditions."""
+        runners = (self.text, self.corrupted)
+        starts = [runner.start_of(some) for runner, some in zip(runners, encoded, strict=True)]
+        return sum(
+            one["input_ids"].shape[1] - start for some, start in zip(encoded, starts, strict=True) for one in some
+        )
+
     def _joint(self, encoded: Sequence[Sequence[Encoded]]) -> list[torch.Tensor]:
         parts = [self.text.continuations(encoded[0]), self.corrupted.continuations(encoded[1])]
         if self._held[0] is not parts[0].cache or self._held[1] is not parts[1].cache:
             self._held = (parts[0].cache, parts[1].cache, side_by_side([part.cache for part in parts]))
-        return packed_states(self.vlm, self.text.backbone, parts, self._held[2])
+        used: list[Any] = []
+        found = packed_states(self.vlm, self.text.backbone, parts, self._held[2], keep=used)
+        if len(encoded[0]) == 1 and len(used) == 1:
+            at, behind = 0, sum(part.length for part in parts)
+            for runner, some, part in zip((self.text, self.corrupted), encoded, parts, strict=True):
+                new = len(part.tokens[0]["input_ids"])
+                runner.keep(some, used[0], [slice(at, at + part.length), slice(behind, behind + new)])
+                at, behind = at + part.length, behind + new
+        return found
 
     def _probe(self, encoded: Sequence[Sequence[Encoded]]) -> None:
         """Run one prompt of each condition in one pass and in two."""
         alone = [self.text.run([], encoded[0])[0], self.corrupted.run([], encoded[1])[0]]
+        self.text.forget()
+        self.corrupted.forget()
         try:
             joint = self._joint(encoded)
         except _REFUSALS as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,16 @@ def quiet(*, offline: bool = False) -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def need_inspect() -> None:
+    """Raise `InputError` where the extra `eval` is not installed."""
+    from importlib.util import find_spec
+
+    from cmrm.errors import InputError
+
+    if find_spec("inspect_ai") is None:
+        raise InputError("evaluation needs inspect_ai, which is not installed: pip install 'cmrm[eval]'")
 
 
 def open_model(
@@ -165,17 +176,22 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
+FILE_COLUMNS = 180
+"""Width of a table that goes into a file or a pipe."""
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; cells fold instead of being cut."""
     from rich.console import Console
     from rich.table import Table
 
+    free = sys.stdout.isatty() or "COLUMNS" in os.environ
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if free else FILE_COLUMNS).print(table)
 
 
 def progress_bar(console: Any) -> Any:

@@ -12,28 +12,40 @@ from cmrm.cli import common as c
 
 if TYPE_CHECKING:
     from cmrm.defenses import FitData
-    from cmrm.sets import Loaded
+    from cmrm.evaluate.preflight import Finding
+    from cmrm.evaluate.run import Plan
+
+
+BATCH, DEMO_BATCH = 16, 48
+"""Prompts a batch: of any model, and of the demo VLM, which `cmrm demo` runs so too."""
 
 
 def evaluate(
     model: c.ModelArgument,
     sets: Annotated[str, typer.Option(help="Comma list: demo, a named set (`cmrm sets`, NAME-VARIANT), or a file.")],
     defenses: Annotated[
-        str, typer.Option(help="Comma list of `cmrm defenses`, all, or stacks: adashield_s+cmrm_dataset.")
+        str,
+        typer.Option(
+            help="Comma list of `cmrm defenses`, all, variants (cmrm_dataset@paper), or stacks: adashield_s+cmrm_dataset."
+        ),
     ] = "none",
     judges: Annotated[
-        str, typer.Option(help="Comma list: keyword, regression, ensemble, guard:KIND=MODEL, openai:MODEL@URL.")
+        str,
+        typer.Option(help="Comma list: keyword, regression, ensemble, guard:KIND=MODEL, chat:MODEL, openai:MODEL@URL."),
     ] = "keyword,ensemble",
     rater: Annotated[
         str | None,
-        typer.Option(help="openai:MODEL@URL that rates open answers (llava-bench-coco) beside the reference."),
+        typer.Option(
+            help="chat:MODEL or openai:MODEL@URL that rates open answers (llava-bench-coco) beside the reference."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for logs, replies, results and report.")] = Path("grid"),
     conditions: Annotated[
         str, typer.Option(help="Conditions of the untouched model; defences are run under original.")
     ] = "original,query",
     path: Annotated[
-        list[str] | None, typer.Option("--path", help="NAME=DIR: where a named set lies; once for each.")
+        list[str] | None,
+        typer.Option("--path", help="NAME=DIR: where a named set lies; once for each. Otherwise below CMRM_DATA."),
     ] = None,
     anchors: Annotated[
         Path | None, typer.Option(help="File of harmful requests with images, to fit defences on (demo: its own).")
@@ -45,8 +57,17 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Draw so many samples of every set (demo: of each kind), by hashed id.")
     ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="Accept named sets whose counts are not the published ones; noted in every output."
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a reply.")] = 48,
-    batch_size: c.BatchOption = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts a batch, 16 when left out (demo: 48); halved by itself when memory runs out."),
+    ] = None,
     seed: c.SeedOption = 0,
     revision: c.RevisionOption = None,
     dtype: c.DtypeOption = "auto",
@@ -64,25 +85,32 @@ def evaluate(
     from cmrm.cli.common import quiet
     from cmrm.errors import InputError
 
-    _need_inspect()
+    c.need_inspect()
     quiet(offline=model == c.DEMO)
     from cmrm.conditions import FIVE, Condition
     from cmrm.evaluate.run import Plan, expanded_defenses
     from cmrm.evaluate.run import evaluate as run
+    from cmrm.evaluate.sets import load_named
 
     wrong = [n for n in conditions.split(",") if n not in FIVE]
     if wrong:
         raise InputError(f"unknown condition {', '.join(wrong)}; one of {', '.join(FIVE)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is at least 1")
-    places = _places(path or [])
+    places = parsed_places(path or [])
     options: dict[str, Any] = {"dtype": c.checked_dtype(dtype), "device_map": device_map}
     if model != c.DEMO:
         options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    if batch_size is None:
+        batch_size = DEMO_BATCH if model == c.DEMO else BATCH
     given = _settings(settings, demo=model == c.DEMO)
     plan = Plan(
         model=model,
-        sets=tuple(_set(name.strip(), places, limit=limit, seed=seed) for name in sets.split(",") if name.strip()),
+        sets=tuple(
+            load_named(name.strip(), places, limit=limit, seed=seed, partial=partial)
+            for name in sets.split(",")
+            if name.strip()
+        ),
         defenses=expanded_defenses(defenses),
         judges=tuple(dict.fromkeys(n.strip() for n in judges.split(",") if n.strip())),
         conditions=tuple(Condition(n) for n in conditions.split(",")),
@@ -97,10 +125,16 @@ def evaluate(
     cells = plan.cells()
     total = sum(len(loaded.samples) for _, loaded, _ in cells)
     if dry_run:
-        _print_plan(plan, cells, total, out)
+        print_preflight(plan, [], out, as_json)
         return
     with c.progress(total) as (say, tick):
         found = run(plan, out, say=say, tick=tick)
+    finish(found, out, as_json)
+
+
+def finish(found: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Write the report, print the tables, and raise where a sample was not answered."""
+    from cmrm.errors import InputError
     from cmrm.report.grid import write_grid_report
 
     page = write_grid_report(found, out)
@@ -124,16 +158,13 @@ def rescore(
     """Judge the replies of a finished run anew, without generating anything."""
     from cmrm.files import write_json
 
-    _need_inspect()
+    c.need_inspect()
     c.quiet()
-    from cmrm.errors import InputError
+    from cmrm.evaluate.grid import read_results
     from cmrm.evaluate.rescore import rescore as run
     from cmrm.report.grid import write_grid_report
 
-    try:
-        held = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out} holds no results of cmrm evaluate: {error}") from None
+    held = read_results(out)
     found = held | run(out, [n.strip() for n in judges.split(",") if n.strip()], seed=seed)
     write_json(out / "results.json", found)
     write_grid_report(found, out)
@@ -151,16 +182,12 @@ def defenses(as_json: c.JsonOption = False) -> None:
         c.print_rows("defences", ["name", "source"], [[name, source] for name, source in known.items()])
 
 
-def _need_inspect() -> None:
-    from importlib.util import find_spec
+def parsed_places(given: list[str]) -> dict[str, Path]:
+    """`NAME=DIR` pairs as a mapping.
 
-    from cmrm.errors import InputError
-
-    if find_spec("inspect_ai") is None:
-        raise InputError("evaluation needs inspect_ai, which is not installed: pip install 'cmrm[eval]'")
-
-
-def _places(given: list[str]) -> dict[str, Path]:
+    Raises:
+        InputError: one is no such pair.
+    """
     from cmrm.errors import InputError
 
     found = {}
@@ -170,25 +197,6 @@ def _places(given: list[str]) -> dict[str, Path]:
             raise InputError(f"--path {one!r} is no NAME=DIR")
         found[name] = Path(folder)
     return found
-
-
-def _set(name: str, places: dict[str, Path], *, limit: int | None, seed: int) -> Loaded:
-    from dataclasses import replace
-
-    from cmrm.evaluate.sets import demo_set
-    from cmrm.sets.loading import load_samples
-    from cmrm.sets.named import NAMED
-
-    if name == c.DEMO:
-        return demo_set(limit)
-    source, variant = name, None
-    if name not in NAMED and not Path(name).exists():
-        for known in sorted(NAMED, key=len, reverse=True):
-            if name.startswith(f"{known}-"):
-                source, variant = known, name.removeprefix(f"{known}-")
-                break
-    loaded = load_samples(source, path=places.get(name, places.get(source)), variant=variant, limit=limit, seed=seed)
-    return replace(loaded, name=Path(name).stem if Path(name).exists() else name)
 
 
 def _anchors(harmful: Path | None, benign: Path | None, batch_size: int, *, demo: bool) -> FitData | None:
@@ -226,26 +234,48 @@ def _settings(path: Path | None, *, demo: bool) -> dict[str, dict[str, Any]]:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
         raise InputError(f"{path} is no mapping of defence to settings")
-    from cmrm.defenses import defense_names
+    from cmrm.defenses import base_name, defense_names
 
-    unknown = sorted(set(given) - set(defense_names()))
+    unknown = sorted(name for name in given if base_name(name) not in defense_names())
     if unknown:
         raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
     return held | given
 
 
-def _print_plan(plan: Any, cells: list[Any], total: int, out: Path) -> None:
-    import shutil
+def print_preflight(plan: Plan, findings: list[Finding], out: Path, as_json: bool) -> None:
+    """What would be run, and whether everything is there; raises where something is not. `findings` come before our own."""
+    from dataclasses import asdict
 
-    c.print_rows(
-        f"{plan.model}: {len(cells)} cells, {total} replies of up to {plan.max_new_tokens} tokens",
-        ["defence", "set", "condition", "samples"],
-        [[defense, loaded.name, condition.value, str(len(loaded.samples))] for defense, loaded, condition in cells],
-    )
-    held = out.resolve()
-    while not held.exists():
-        held = held.parent
-    typer.echo(f"{shutil.disk_usage(held).free / 1e9:.1f} GB are free at {held}; logs keep no images")
+    from cmrm.errors import InputError
+    from cmrm.evaluate.preflight import preflight
+
+    cells = plan.cells()
+    findings = [*findings, *preflight(plan, out)]
+    if as_json:
+        c.print_json(
+            {
+                "model": plan.model,
+                "cells": [
+                    [defense, loaded.name, condition.value, len(loaded.samples)] for defense, loaded, condition in cells
+                ],
+                "findings": [asdict(one) for one in findings],
+            }
+        )
+    else:
+        c.print_rows(
+            plan.model, ["defence", "set", "condition", "samples"],
+            [[defense, loaded.name, condition.value, str(len(loaded.samples))] for defense, loaded, condition in cells],
+        )  # fmt: skip
+        print_findings(findings)
+    bad = [one.what for one in findings if one.good is False]
+    if bad:
+        raise InputError(f"not everything is there: {', '.join(bad)}; see the table")
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """A table of what was looked at."""
+    marks = {True: "yes", False: "NO", None: "?"}
+    c.print_rows("Is everything there?", ["what", "", ""], [[one.what, marks[one.good], one.says] for one in findings])
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from cmrm.cli.extract import extract
 from cmrm.cli.generate import generate
 from cmrm.cli.inspect import inspect
 from cmrm.cli.judges import app as judges_app
+from cmrm.cli.reproduce import reproduce
 from cmrm.errors import CmrmError
 
 INTERRUPTED = 130
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(demo_app, name="demo")
-for command in (diagnose, extract, generate, evaluate, rescore, inspect, check, sets, defenses, families):
+for command in (diagnose, extract, generate, evaluate, rescore, reproduce, inspect, check, sets, defenses, families):
     app.command()(command)
 app.add_typer(judges_app, name="judges")
 

@@ -9,6 +9,7 @@ A third party's defence is found by the entry point group `cmrm.defenses` (a nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -19,7 +20,9 @@ from cmrm.defenses.prompting import AdaShieldStatic, CaptionSubstitution, Ecso
 from cmrm.defenses.representation import NullSpace, RefusalDirection, ShiftDC
 from cmrm.errors import InputError
 
-__all__ = ["Defense", "FitData", "Meter", "Reply", "Stack", "defense_names", "make_defense", "register", "respond"]
+__all__ = [
+    "Defense", "FitData", "Meter", "Reply", "Stack", "base_name", "defense_names", "make_defense", "register", "respond",
+]  # fmt: skip
 
 Kind = TypeVar("Kind", bound=type[Defense])
 
@@ -40,8 +43,8 @@ def register(kind: Kind) -> Kind:
     Raises:
         InputError: it has no name, or one that cannot be told apart from a stack or from another defence.
     """
-    if not kind.name or "+" in kind.name or "," in kind.name:
-        raise InputError(f"{kind.__name__} needs a name without '+' and ','; it has {kind.name!r}")
+    if not re.fullmatch(r"[^+,@/\s]+", kind.name):
+        raise InputError(f"{kind.__name__} needs a name without '+', ',', '@', '/' and spaces; it has {kind.name!r}")
     if _KNOWN.get(kind.name, kind) is not kind:
         raise InputError(f"two defences are called {kind.name!r}: {_KNOWN[kind.name].__name__} and {kind.__name__}")
     _KNOWN[kind.name] = kind
@@ -79,11 +82,14 @@ def defense_names() -> dict[str, str]:
 def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Defense:
     """A defence by name, or a stack of several (`adashield_s+cmrm_dataset`); `settings` by the names of its parts.
 
+    `cmrm_dataset@paper` is a variant: the same defence with settings of its own, so that several can stand in one table. They are those
+    that the class names (`Defense.variants`), and what `settings` holds under the variant's whole name.
+
     Raises:
         InputError: a name is unknown or stands twice, or a setting cannot be used.
     """
     kinds, parts = _all_kinds(), name.split("+")
-    unknown = [part for part in parts if part not in kinds]
+    unknown = [part for part in parts if base_name(part) not in kinds]
     if unknown:
         raise InputError(
             f"unknown defence {', '.join(map(repr, unknown))}; one of {', '.join(kinds)}, or several with '+'"
@@ -92,9 +98,31 @@ def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = N
         raise InputError(f"{name!r} names a defence twice")
     made = []
     for part in parts:
-        given = dict((settings or {}).get(part, {}))
+        kind, held = kinds[base_name(part)], (settings or {}).get(part)
+        given = {**_variant(kind, part, known=held is not None), **(held or {})}
         try:
-            made.append(kinds[part](**given))
+            made.append(kind(**given))
         except TypeError as error:
             raise InputError(f"the defence {part!r} does not take these settings {given}: {error}") from None
+        made[-1].name = part
     return made[0] if len(made) == 1 else Stack(made)
+
+
+def base_name(part: str) -> str:
+    """`cmrm_dataset` of `cmrm_dataset@paper`."""
+    return part.partition("@")[0]
+
+
+def _variant(kind: type[Defense], part: str, *, known: bool) -> Mapping[str, Any]:
+    """The settings that the class names under a part's variant; none without a variant."""
+    base, at, variant = part.partition("@")
+    if not at:
+        return {}
+    if not re.fullmatch(r"[\w.-]+", variant):
+        raise InputError(f"{part!r} names no variant; write {base}@NAME with letters, digits, '.', '_' or '-'")
+    if not known and variant not in kind.variants:
+        raise InputError(
+            f"{part!r} has no settings: give them under that name (--settings)"
+            + (f", or take {', '.join(f'{base}@{v}' for v in kind.variants)}" if kind.variants else "")
+        )
+    return kind.variants.get(variant, {})

@@ -18,6 +18,7 @@ from cmrm.conditions import Request
 from cmrm.errors import ArtifactError, InputError
 from cmrm.files import atomic_path
 from cmrm.generation import complete
+from cmrm.memory import peak_memory
 from cmrm.models import VLM, config_hash
 from cmrm.samples import Sample
 
@@ -45,6 +46,19 @@ class FitData:
     """Benign requests; their images are not looked at."""
     batch_size: int = 16
     """Prompts per forward pass."""
+    more: Sequence[Sample] = ()
+    """Further samples with an image whose shift counts beside that of the harmful ones (the CMRM paper adds some of
+    LLaVA-Bench-COCO)."""
+
+    @property
+    def shifted(self) -> tuple[Sample, ...]:
+        """What the shift of the image is estimated on."""
+        return (*self.harmful, *self.more)
+
+    @property
+    def all(self) -> tuple[Sample, ...]:
+        """Every sample."""
+        return (*self.harmful, *self.benign, *self.more)
 
 
 class Defense:
@@ -53,12 +67,14 @@ class Defense:
     Rows without an image are never touched by the defences here: there the backbone is in its own distribution.
     """
 
-    name: ClassVar[str] = ""
-    """What `--defenses` takes."""
+    name: str = ""
+    """What `--defenses` takes; that of a variant ends with `@` and the variant's name."""
     source: ClassVar[str] = ""
     """Paper."""
     needs_fit: ClassVar[bool] = False
     """Whether `fit` has to be run, or its outcome loaded, before anything is asked."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings that have a name: `cmrm_dataset@paper`."""
 
     def __init__(self) -> None:
         self.state: dict[str, torch.Tensor] = {}
@@ -225,19 +241,24 @@ class Meter:
     """Wall-clock time inside `watching`."""
     requests: int = 0
     """Requests that were answered, as the caller says."""
+    peak_bytes: int | None = None
+    """Most memory that a block inside `watching` held above what was there before; None where it cannot be measured."""
     handles: list[Any] = field(default_factory=list, repr=False)
 
     @contextmanager
     def watching(self, vlm: VLM, requests: int) -> Iterator[None]:
         """Count inside the block, for so many requests."""
         handle = vlm.layers[0].register_forward_pre_hook(self._see, with_kwargs=True)
-        start = time.perf_counter()
         try:
-            yield
+            with peak_memory(vlm.device) as peak:
+                start = time.perf_counter()
+                yield
+                self.seconds += time.perf_counter() - start
+                self.requests += requests
         finally:
-            self.seconds += time.perf_counter() - start
-            self.requests += requests
             handle.remove()
+        if peak.extra is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, peak.extra)
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from cmrm.conditions import Condition, Request
 from cmrm.defenses.base import Defense, FitData
 from cmrm.generation import SampleLevel, sample_vectors
 from cmrm.models import VLM
 from cmrm.shift import Estimator, estimate_shift
-from cmrm.steering import Positions, Schedule, Steering, steer
+from cmrm.steering import PRESETS, Positions, Schedule, Steering, steer
 
 
 class _Steered(Defense):
     """What both levels are set to."""
 
     source = "CMRM, arXiv 2410.09047"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: asdict(preset) for name, preset in PRESETS.items()}
 
     def __init__(
         self,
@@ -59,9 +60,9 @@ class CmrmDataset(_Steered):
         return {**super().settings, "estimator": self.estimator}
 
     def fit(self, vlm: VLM, data: FitData) -> None:
-        """`shift.estimate_shift` on the harmful anchors."""
+        """`shift.estimate_shift` on the harmful anchors, and those that are added to them."""
         shift = estimate_shift(
-            vlm, data.harmful, estimator=self.estimator, corruption=self.level.corruption, seed=self.level.seed,
+            vlm, data.shifted, estimator=self.estimator, corruption=self.level.corruption, seed=self.level.seed,
             batch_size=data.batch_size,
         )  # fmt: skip
         self.state = {"vectors": shift.vectors}

@@ -107,7 +107,7 @@ class NullSpace(Defense):
 
     def fit(self, vlm: VLM, data: FitData) -> None:
         """The modality direction."""
-        mean = estimate_shift(vlm, data.harmful, estimator="mean", batch_size=data.batch_size).vectors
+        mean = estimate_shift(vlm, data.shifted, estimator="mean", batch_size=data.batch_size).vectors
         self.state = {"direction": mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)}
 
     def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:

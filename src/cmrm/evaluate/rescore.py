@@ -11,7 +11,8 @@ from inspect_ai.log import list_eval_logs, read_eval_log, write_eval_log
 
 from cmrm.errors import InputError
 from cmrm.evaluate.run import results_of
-from cmrm.evaluate.scorers import PREFIX, verdict_scorer
+from cmrm.evaluate.scorers import verdict_scorer
+from cmrm.judges.base import scorer_name
 
 
 def rescore(out: Path, judges: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def rescore(out: Path, judges: Sequence[str], *, seed: int = 0) -> dict[str, Any
         log = read_eval_log(info)
         for sample in log.samples or []:  # a judge that is asked again replaces what it said before
             for name in made:
-                (sample.scores or {}).pop(f"{PREFIX}{name}", None)
+                (sample.scores or {}).pop(scorer_name(name), None)
         scored = score(log, [factory() for factory in made.values()], action="append", display="none")
         write_eval_log(scored, info.name)
     return results_of(out, seed=seed)

@@ -16,12 +16,14 @@ from cmrm.conditions import Condition, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
 from cmrm.demo import DEMO
 from cmrm.errors import InputError
+from cmrm.evaluate.agreement import agreement_between, rated_of, read_labels
 from cmrm.evaluate.fluency import FluencyStore, perplexities
 from cmrm.evaluate.grid import grid, read_cells
 from cmrm.evaluate.provider import CmrmAPI, built_defense, shared_vlm
-from cmrm.evaluate.scorers import judge_named, rating_scorer
+from cmrm.evaluate.scorers import check_rater, judge_named
 from cmrm.evaluate.tasks import set_task
 from cmrm.files import write_json
+from cmrm.judges import judge_maker
 from cmrm.models import VLM, config_hash, weights_hash
 from cmrm.samples import Sample, set_hash
 from cmrm.sets import Loaded
@@ -61,7 +63,9 @@ class Plan:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     """Of `load_vlm`."""
     rater: str | None = None
-    """Endpoint that rates open answers (LLaVA-Bench), `openai:MODEL@URL`."""
+    """Chat model that rates open answers (LLaVA-Bench): `chat:MODEL` or `openai:MODEL@URL`."""
+    set_conditions: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
+    """Conditions of single sets, by their name, instead of `conditions`."""
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sets]
@@ -72,12 +76,12 @@ class Plan:
         if not self.judges:
             raise InputError("name at least one judge")
         for name in self.judges:
-            judge_named(name)
+            judge_maker(name)
         if self.rater is not None:
-            rating_scorer(self.rater)
+            check_rater(self.rater)
         if self.anchors is not None:
             tested = {sample.query for loaded in self.sets for sample in loaded.samples}
-            shared = [s.id for s in (*self.anchors.harmful, *self.anchors.benign) if s.query in tested]
+            shared = [s.id for s in self.anchors.all if s.query in tested]
             if shared:
                 raise InputError(
                     f"{len(shared)} anchors are asked in the test sets too (the first: {shared[0]!r}); fit on others"
@@ -88,12 +92,16 @@ class Plan:
         """`none` first."""
         return ("none", *(name for name in self.defenses if name != "none"))
 
+    def conditions_of(self, loaded: Loaded) -> tuple[Condition, ...]:
+        """Of the untouched model on one set."""
+        return self.set_conditions.get(loaded.name, self.conditions)
+
     def cells(self) -> list[tuple[str, Loaded, Condition]]:
         """(defence, set, condition) of every cell; a set without images, or captions, leaves those conditions out."""
         found = []
         for defense in self.all_defenses:
             for loaded in self.sets:
-                for condition in self.conditions if defense == "none" else (Condition.ORIGINAL,):
+                for condition in self.conditions_of(loaded) if defense == "none" else (Condition.ORIGINAL,):
                     if possible(loaded, condition):
                         found.append((defense, loaded, condition))
         return found
@@ -126,6 +134,8 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
 
     vlm = shared_vlm(plan.model, **plan.model_options)
     _same_run(plan, vlm, out)
+    for name in (*plan.judges, *([plan.rater] if plan.rater else [])):
+        judge_named(name)  # one that cannot be loaded stops the run before anything is generated
     fitted = fit_defenses(plan, vlm, out / "fitted", say=say)
     failures: list[str] = []
     for defense in plan.all_defenses:
@@ -164,15 +174,17 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
         "cost": measure_cost(plan, vlm, fitted, say=say),
         "versions": library_versions(),
         "failures": failures,
+        "seed": plan.seed,
     }
     write_json(out / "results.json", results)
     return results
 
 
 def results_of(out: Path, *, seed: int = 0) -> dict[str, Any]:
-    """The grid of all logs of a run."""
+    """The grid of all logs of a run, and how far its judges agree with each other and with a person's labels."""
     cells = read_cells(out / "logs")
-    return grid(cells, seed=seed, fluency=perplexities(_fluency(out), cells, seed=seed))
+    found = grid(cells, seed=seed, fluency=perplexities(_fluency(out), cells, seed=seed))
+    return found | {"agreement": agreement_between(rated_of(cells), read_labels(out))}
 
 
 def _fluency(out: Path) -> FluencyStore:
@@ -201,13 +213,14 @@ def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
     return folder
 
 
-def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, dict[str, float]]:
-    """What each defence costs a request, measured on a few: prompts and tokens run, seconds, and its tensors' bytes."""
+def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, dict[str, float | None]]:
+    """What each defence costs a request, measured on one batch: prompts and tokens run, seconds; its tensors' bytes, and the peak of
+    memory while the batch is answered."""
     samples = [s for loaded in plan.sets for s in loaded.samples if s.image is not None and s.label == "harmful"]
     if not samples:
         return {}
     requests = [build_request(s, Condition.ORIGINAL) for s in samples[: COST_SAMPLES + 2]]
-    costs = {}
+    costs: dict[str, dict[str, float | None]] = {}
     for name in plan.all_defenses:
         say(f"cost of {name}")
         defense = built_defense(vlm, name, plan.settings, fitted=fitted)
@@ -217,7 +230,7 @@ def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, d
         with meter.watching(vlm, len(held)):
             respond(vlm, defense, held, max_new_tokens=plan.max_new_tokens)
         size = sum(v.numel() * v.element_size() for part in defense.parts for v in part.state.values())
-        costs[name] = {**meter.per_request(), "state_bytes": float(size)}
+        costs[name] = {**meter.per_request(), "state_bytes": float(size), "peak_bytes": meter.peak_bytes}
     return costs
 
 
@@ -246,7 +259,9 @@ def _same_run(plan: Plan, vlm: VLM, out: Path) -> None:
 
 
 def _anchor_hash(anchors: FitData | None) -> str | None:
-    return set_hash([*_told(anchors.harmful, "h"), *_told(anchors.benign, "b")]) if anchors else None
+    if anchors is None:
+        return None
+    return set_hash([*_told(anchors.harmful, "h"), *_told(anchors.benign, "b"), *_told(anchors.more, "m")])
 
 
 def _told(samples: Sequence[Sample], side: str) -> list[Sample]:

@@ -16,8 +16,9 @@ from inspect_ai.solver import TaskState
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.provider import opened
 from cmrm.evaluate.statistics import verdict_rate
-from cmrm.judges import Judge, Verdict, make_judge
-from cmrm.judges.endpoint import EndpointJudge
+from cmrm.judges import Judge, Verdict, judge_maker, make_judge
+from cmrm.judges.base import scorer_name, verdict_of
+from cmrm.judges.rubrics import RubricJudge
 
 EXACT = "cmrm_exact"
 """Scorer of samples with a reference answer."""
@@ -25,8 +26,6 @@ RATING = "cmrm_rating"
 """Scorer of samples with a reference answer that a judge compares."""
 REMOVED = "base64-data-removed"
 """What Inspect puts into a log in the place of an image."""
-PREFIX = "cmrm_judge_"
-"""A judge's scorer is called this and its name."""
 
 
 @metric
@@ -37,8 +36,7 @@ def share(kind: str, what: str) -> Metric:
         held = [str(s.score.value) for s in scores if (s.sample_metadata or {}).get("kind") == kind]
         if what in ("C", "I"):
             return held.count(what) / len(held) if held else float("nan")
-        known = {v.value for v in Verdict}
-        rate = verdict_rate([Verdict(v) if v in known else Verdict.UNSCORED for v in held], Verdict(what)).rate
+        rate = verdict_rate([verdict_of(v) for v in held], Verdict(what)).rate
         return float("nan") if rate is None else rate
 
     return compute
@@ -57,7 +55,7 @@ def verdict_scorer(name: str) -> Any:
 
     @scorer(
         metrics=[share("harmful", Verdict.COMPLIED.value), share("benign", Verdict.REFUSED.value)],
-        name=f"{PREFIX}{name}",
+        name=scorer_name(name),
     )
     def made() -> Scorer:
         async def score(state: TaskState, target: Target) -> Score:
@@ -154,12 +152,19 @@ def rated(value: object) -> tuple[float, float] | None:
     return (float(found[1]), float(found[2])) if found else None
 
 
+def check_rater(name: str) -> None:
+    """Raise `InputError` where `name` is no judge that rates answers; no model is loaded yet."""
+    judge_maker(name)
+    if not name.startswith(("chat:", "openai:")):
+        raise InputError(f"{name!r} rates no answers; name a chat model: chat:MODEL, or openai:MODEL@URL")
+
+
 @cache
 def rating_scorer(name: str) -> Any:
-    """The scorer factory of the endpoint `name` as a judge of open answers."""
+    """The scorer factory of a chat model as a judge of open answers."""
+    check_rater(name)
     judge = judge_named(name)
-    if not isinstance(judge, EndpointJudge):
-        raise InputError(f"{name!r} rates no answers; name an endpoint: openai:MODEL@URL")
+    assert isinstance(judge, RubricJudge)
 
     @scorer(metrics=[rating_share()], name=RATING)
     def made() -> Scorer:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import krippendorff
 import numpy as np
 from scipy.stats import bootstrap
 from sklearn.metrics import cohen_kappa_score, precision_score, recall_score
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -91,6 +93,50 @@ def agreement(verdicts: Sequence[Verdict], refused: Sequence[bool]) -> Agreement
         n=len(pairs),
         unscored=len(verdicts) - len(pairs),
     )
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """How far two raters agree on a question of yes and no, chance taken away."""
+
+    kappa: float | None
+    """Cohen's kappa; None where both said the same of everything, or nothing was rated by both."""
+    low: float | None
+    """Lower end of its 95 % interval (asymptotic, statsmodels); None where both said the same of everything, which leaves it no width."""
+    high: float | None
+    """Upper end."""
+    same: Rate
+    """Share of the replies of which both said the same, with its Wilson interval."""
+    n: int
+    """Replies that both rated."""
+    unscored: int
+    """Replies that at least one of them did not rate."""
+
+
+def kappa_of(first: Sequence[bool | None], second: Sequence[bool | None]) -> Kappa:
+    """Agreement of two raters, reply by reply; None is unrated."""
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    unscored = len(first) - len(both)
+    same = rate_of(sum(a == b for a, b in both), len(both))
+    counts = [[sum(pair == (a, b) for pair in both) for b in (False, True)] for a in (False, True)]
+    if len({a for a, _ in both} | {b for _, b in both}) < 2:
+        return Kappa(None, None, None, same, len(both), unscored)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a z-value that is not used
+        found = cohens_kappa(np.array(counts))
+    kappa = round(float(found.kappa), 6)
+    if same.rate == 1:
+        return Kappa(kappa, None, None, same, len(both), unscored)
+    low, high = max(-1.0, float(found.kappa_low)), min(1.0, float(found.kappa_upp))
+    return Kappa(kappa, round(low, 6), round(high, 6), same, len(both), unscored)
+
+
+def alpha_of(ratings: Sequence[Sequence[bool | None]]) -> float | None:
+    """Krippendorff's alpha (nominal) over raters x replies, None being unrated; None where it is not defined."""
+    held = np.array([[np.nan if said is None else float(said) for said in row] for row in ratings], dtype=float)
+    paired_values = held[:, (~np.isnan(held)).sum(axis=0) > 1] if held.size else held
+    if len(np.unique(paired_values[~np.isnan(paired_values)])) < 2:
+        return None
+    return round(float(krippendorff.alpha(reliability_data=held, level_of_measurement="nominal")), 6)
 
 
 @dataclass(frozen=True)

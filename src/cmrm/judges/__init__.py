@@ -11,7 +11,9 @@ from cmrm.judges.keyword import KeywordJudge
 if TYPE_CHECKING:
     from cmrm.judges.ensemble import EnsembleJudge, RegressionJudge
 
-__all__ = ["EnsembleJudge", "Judge", "KeywordJudge", "RegressionJudge", "Verdict", "judge_names", "make_judge"]
+__all__ = [
+    "EnsembleJudge", "Judge", "KeywordJudge", "RegressionJudge", "Verdict", "judge_maker", "judge_model", "judge_names", "make_judge",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -39,29 +41,65 @@ _PLAIN: dict[str, Callable[[], Judge]] = {"keyword": KeywordJudge, "regression":
 
 def judge_names() -> list[str]:
     """What `make_judge` takes."""
-    return [*_PLAIN, "guard:KIND=MODEL", "openai:MODEL@URL"]
+    return [*_PLAIN, "guard:KIND=MODEL", "chat:MODEL", "openai:MODEL@URL"]
 
 
 def make_judge(name: str) -> Judge:
     """A judge by name.
 
-    `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like (`judges.guard.KINDS`) for a guard model from a
-    folder or hub id; `openai:MODEL@http://host:port/v1` for any endpoint of OpenAI's protocol (`judges.endpoint`).
+    `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like (`judges.guard.KINDS`) for a guard model, and
+    `chat:PATH` for a chat model with a rubric (`judges.local`), both from a folder or hub id; `openai:MODEL@http://host:port/v1` for any
+    endpoint of OpenAI's protocol (`judges.endpoint`).
 
     Raises:
-        InputError: the name is unknown, or what it names cannot be used. ModelError: a guard cannot be loaded.
+        InputError: the name is unknown, or what it names cannot be used. ModelError: a model cannot be loaded.
+    """
+    return judge_maker(name)()
+
+
+def judge_maker(name: str) -> Callable[[], Judge]:
+    """What makes the judge of a name; the name is looked at, and no model is loaded yet.
+
+    Raises:
+        InputError: the name is unknown, or has another form.
     """
     from cmrm.errors import InputError
 
     if name in _PLAIN:
-        return _PLAIN[name]()
-    kind, colon, rest = name.partition(":")
-    if colon and kind == "guard":
-        from cmrm.judges.guard import GuardJudge
+        return _PLAIN[name]
+    kind, _, rest = name.partition(":")
+    if kind == "guard" and rest:
+        from cmrm.judges.guard import GuardJudge, guard_source
 
-        return GuardJudge.named(rest)
-    if colon and kind == "openai":
+        guard_source(rest)
+        return lambda: GuardJudge.named(rest)
+    if kind == "chat" and rest:
+        from cmrm.judges.local import ChatJudge, chat_source
+
+        chat_source(rest)
+        return lambda: ChatJudge.named(rest)
+    if kind == "openai" and rest:
         from cmrm.judges.endpoint import EndpointJudge
 
-        return EndpointJudge.named(rest)
+        made = EndpointJudge.named(rest)
+        return lambda: made
     raise InputError(f"unknown judge {name!r}; one of {', '.join(judge_names())}")
+
+
+def judge_model(name: str) -> str | None:
+    """The model that the judge of a name loads into this process, or None.
+
+    Raises:
+        InputError: as `judge_maker`.
+    """
+    judge_maker(name)
+    kind, _, rest = name.partition(":")
+    if kind == "guard":
+        from cmrm.judges.guard import guard_source
+
+        return guard_source(rest)[1]
+    if kind == "chat":
+        from cmrm.judges.local import chat_source
+
+        return chat_source(rest)[0]
+    return None

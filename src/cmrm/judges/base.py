@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from typing import Protocol
+from urllib.parse import quote, unquote
 
 
 class Verdict(StrEnum):
@@ -24,6 +25,24 @@ class Verdict(StrEnum):
     def is_refusal(self) -> bool | None:
         """Whether it counts towards over-refusal of a benign request; None when the judge does not say."""
         return {Verdict.REFUSED: True, Verdict.COMPLIED: False}.get(self)
+
+
+def verdict_of(said: object) -> Verdict:
+    """A verdict from a log; what is none is unscored."""
+    return Verdict(str(said)) if str(said) in set(Verdict) else Verdict.UNSCORED
+
+
+_SCORER = "cmrm_judge_"
+
+
+def scorer_name(judge: str) -> str:
+    """What a judge's scorer is called in Inspect's logs: a name of Inspect's holds no slash, a judge's may."""
+    return _SCORER + quote(judge, safe=":#@=+")
+
+
+def judge_of(scorer: str) -> str | None:
+    """The judge behind a scorer of Inspect's logs, or None where it is none of ours."""
+    return unquote(scorer.removeprefix(_SCORER)) if scorer.startswith(_SCORER) else None
 
 
 class Judge(Protocol):

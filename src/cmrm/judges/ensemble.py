@@ -103,6 +103,12 @@ def shipped_regression() -> Regression:
     return Regression.load()
 
 
+def shipped_provenance() -> dict[str, Any]:
+    """What the shipped weights were trained on: `files` (name -> hex sha256), counts, source."""
+    held: dict[str, Any] = json.loads(files("cmrm.judges").joinpath("weights", SHIPPED).read_text(encoding="utf-8"))
+    return dict(held["trained_on"])
+
+
 class RegressionJudge:
     """The regression alone, at one half; an empty reply is unscored."""
 

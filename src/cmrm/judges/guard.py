@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
 from cmrm.errors import InputError, ModelError
 from cmrm.judges.base import Verdict, filled
+from cmrm.judges.local import answered, load_judge_model
 
 WILDGUARD = (
     "<s><|user|>\n[INST] You are a classifier for analyzing interactions between humans and LLMs. Given a request from a human "
@@ -105,22 +105,8 @@ class GuardJudge:
         Raises:
             InputError: it is no KIND=MODEL. ModelError: the model cannot be loaded.
         """
-        kind, equals, source = rest.partition("=")
-        if not equals or not source or kind not in KINDS:
-            raise InputError(f"guard:{rest} is no guard:KIND=MODEL with a kind of {', '.join(KINDS)}")
-        from cmrm.compat import mend_torchvision
-
-        mend_torchvision()
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-        vision = KINDS[kind].vision
-        try:
-            tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)
-            model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
-                source, dtype="auto"
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"cannot load the guard {source}: {str(error).strip().splitlines()[0]}") from error
+        kind, source = guard_source(rest)
+        model, tokenizer = load_judge_model(source, vision=KINDS[kind].vision)
         return cls(kind, model, tokenizer)
 
     @property
@@ -145,7 +131,6 @@ class GuardJudge:
             turns[0]["content"] = [{"type": "image"}] * images + turns[0]["content"]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
-    @torch.inference_mode()
     def answer(self, prompt: str, images: Sequence[Image.Image] = ()) -> str:
         """What it says, greedy."""
         tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)
@@ -158,8 +143,16 @@ class GuardJudge:
         else:
             held = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).to(self.model.device)
             held = {name: held[name] for name in ("input_ids", "attention_mask")}
-        out = self.model.generate(
-            **held, max_new_tokens=self.kind.max_new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )  # fmt: skip
-        return str(tokenizer.decode(out[0, held["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        return answered(self.model, tokenizer, held, self.kind.max_new_tokens)
+
+
+def guard_source(rest: str) -> tuple[str, str]:
+    """Kind and model that what follows `guard:` names.
+
+    Raises:
+        InputError: it is no KIND=MODEL.
+    """
+    kind, equals, source = rest.partition("=")
+    if not equals or not source or kind not in KINDS:
+        raise InputError(f"guard:{rest} is no guard:KIND=MODEL with a kind of {', '.join(KINDS)}")
+    return kind, source

@@ -55,6 +55,17 @@ def agreement_of_files(paths: Sequence[Path], judge: Judge | None = None) -> dic
     return found
 
 
+def trained_on(judge: Judge, paths: Sequence[Path]) -> list[str]:
+    """Names of those files that the judge's weights were trained on."""
+    from cmrm.files import sha256_file
+    from cmrm.judges.ensemble import EnsembleJudge, RegressionJudge, shipped_provenance
+
+    if not isinstance(judge, EnsembleJudge | RegressionJudge):
+        return []
+    known = set(shipped_provenance()["files"].values())
+    return [path.name for path in paths if path.is_file() and sha256_file(path) in known]
+
+
 def train_regression(paths: Sequence[Path], out: Path) -> tuple[Agreement, Agreement]:
     """Train the ensemble's regression on labelled files into `out`; held-out agreement of regression and ensemble.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,34 @@ def short_rate(cell: Mapping[str, Any]) -> str:
     return f"{100 * cell['rate']:.1f} [{low}-{high}]" + (f" +{cell['unscored']}" if cell["unscored"] else "")
 
 
+def agreement_rows(held: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how far every two judges, or a person and a judge, agree on one question."""
+    rows = []
+    for pair in held["pairs"]:
+        kappa = "not defined" if pair["kappa"] is None else f"{pair['kappa']:.3f}"
+        if pair["low"] is not None:
+            kappa += f" [{pair['low']:.2f}, {pair['high']:.2f}]"
+        if pair["built"]:
+            kappa += " by construction"
+        same = short_rate(pair["same"]) if pair["n"] else "-"
+        rows.append([pair["first"], pair["second"], kappa, same, str(pair["n"]), str(pair["unscored"])])
+    return ["", "", "Cohen's kappa", "same, %", "n", "unscored"], rows
+
+
+def target_rows(targets: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what a publication prints, and what the run found."""
+    rows = []
+    for one in targets:
+        if one["found"] is None:
+            here, inside = "not measured", "-"
+        else:
+            here = f"{one['found']:.2f} [{one['low']:.1f}, {one['high']:.1f}], n {one['n']}"
+            inside = "yes" if one["inside"] else "no"
+        rows.append([one["set"], one["condition"], one["defense"], one["figure"].replace("_", "-"),
+                     f"{one['published']:.2f}", here, inside])  # fmt: skip
+    return ["set", "condition", "defence", "figure", "published", "here", "published within the interval"], rows
+
+
 def write_grid_report(found: Mapping[str, Any], out: Path) -> Path:
     """Write `out/report.html` and the PNGs in it; replies are read from the logs in `out/logs`, cut to their first words."""
     figures = {"frontier": frontier(found), "categories": categories(found)}
@@ -120,7 +148,9 @@ def write_grid_report(found: Mapping[str, Any], out: Path) -> Path:
     source = files("cmrm.report").joinpath("grid.html.jinja").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         r=found, header=header, rows=rows, summary=summary, keys=[[_key(v) for v in row] for row in rows], images=images,
-        changes=changes(out), comparisons=[_compared(c) for c in found["comparisons"]],
+        changes=changes(out), agreement=[(q, h, *agreement_rows(h)) for q, h in found.get("agreement", {}).items() if h["pairs"]],
+        targets=target_rows(found["recipe"]["targets"]) if found.get("recipe") else None,
+        comparisons=[_compared(c) for c in found["comparisons"]],
     )  # fmt: skip
     with atomic_path(out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
@@ -130,7 +160,6 @@ def write_grid_report(found: Mapping[str, Any], out: Path) -> Path:
 def changes(out: Path) -> dict[str, list[dict[str, str]]]:
     """Per defence: requests whose verdict it changed, reply before and after, cut to their first words."""
     from cmrm.evaluate.grid import read_cells
-    from cmrm.evaluate.scorers import PREFIX
 
     cells = {cell.key: cell for cell in read_cells(out / "logs")}
     found: dict[str, list[dict[str, str]]] = {}
@@ -142,7 +171,7 @@ def changes(out: Path) -> dict[str, list[dict[str, str]]]:
             before = base.samples.get(key)
             if before is None or after["kind"] not in {"harmful", "benign"}:
                 continue
-            said = [next((v for n, v in s["scores"].items() if n.startswith(PREFIX)), "-") for s in (before, after)]
+            said = [next(iter(s["verdicts"].values()), "-") for s in (before, after)]
             if said[0] == said[1] or len(found.setdefault(defense, [])) >= EXAMPLES:
                 continue
             found[defense].append(
@@ -161,29 +190,30 @@ def first_words(text: str) -> str:
     return " ".join(words[:SHOWN_WORDS]) + (" \u2026" if len(words) > SHOWN_WORDS else "")
 
 
+MARKERS = {"text": "o", "image": "s", "both": "^", "unstated": "D"}
+"""Of a point, by where the harm is."""
+
+
 def frontier(found: Mapping[str, Any]) -> Figure | None:
-    """Unsafe rate against accuracy, by the first judge, each defence a point with both intervals; None without both."""
+    """Unsafe rate against accuracy over all sets, by the first judge: a point with both intervals for each defence and each place where
+    the harm is; None without both."""
     judge = found["judges"][0]
     points = []
-    for cell in found["cells"]:
-        unsafe, accuracy = cell["judges"][judge].get("unsafe"), cell.get("accuracy")
-        if (
-            unsafe
-            and accuracy
-            and unsafe["rate"] is not None
-            and accuracy["rate"] is not None
-            and cell["condition"] == "original"
-        ):
-            points.append((cell, unsafe, accuracy))
+    for place, row in enumerate(found["outcomes"]):
+        accuracy = row["accuracy"]
+        for harm, unsafe in row["unsafe"][judge].items():
+            if accuracy and accuracy["rate"] is not None and unsafe["rate"] is not None:
+                points.append((place, row["defense"], harm, unsafe, accuracy))
     if not points:
         return None
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
-    for place, (cell, unsafe, accuracy) in enumerate(points):
+    shown = {harm for _, _, harm, _, _ in points}
+    for place, defense, harm, unsafe, accuracy in points:
         x, y = 100 * accuracy["rate"], 100 * unsafe["rate"]
         axes.errorbar(
             x, y, xerr=[[x - 100 * accuracy["low"]], [100 * accuracy["high"] - x]],
-            yerr=[[y - 100 * unsafe["low"]], [100 * unsafe["high"] - y]], fmt="o", color=f"C{place % 10}", lw=1, capsize=2,
-            label=f"{cell['defense']} ({cell['set']})",
+            yerr=[[y - 100 * unsafe["low"]], [100 * unsafe["high"] - y]], fmt=MARKERS[harm], color=f"C{place % 10}", lw=1, capsize=2,
+            label=defense + (f", harm {WHERE[harm]}" if len(shown) > 1 else ""),
         )  # fmt: skip
     axes.set_xlabel("accuracy, %")
     axes.set_ylabel(f"unsafe rate, % ({judge})")

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from cmrm.errors import InputError
-from cmrm.samples import Picture, Sample, check_unique, open_images
+from cmrm.samples import Match, Picture, Sample, check_unique, open_images
 from cmrm.sets.tables import Row, read_table
 
-FIELDS = ("id", "query", "image", "caption", "category", "label", "answer")
+FIELDS = ("id", "query", "image", "caption", "category", "label", "answer", "match", "context")
 """What a column can be mapped to; `query` is the one that must be there."""
 
 OnError = Literal["skip", "stop"]
@@ -134,12 +134,19 @@ def load_samples(
         samples = rows_to_samples(rows, columns or {}, folder=folder, source=name)
     check_unique(samples)
     if limit is not None and limit < len(samples):
-        ranked = sorted(samples, key=lambda s: hashlib.sha256(f"limit\x00{s.id}".encode()).digest())
-        kept = {s.id for s in ranked[:limit]}
         notes.append(f"{limit} of {len(samples)} samples")
-        samples = [s for s in samples if s.id in kept]
+        samples = drawn_by_hash(samples, limit)
     usable, skipped = usable_samples(samples, on_error=on_error, name=name)
     return Loaded(name, tuple(usable), tuple(skipped), tuple(notes), harm)
+
+
+def drawn_by_hash(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """The first `limit` samples (None: all) by the hash of their ids, in the order given: a fair draw, whatever the order of the source."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    ranked = sorted(samples, key=lambda s: hashlib.sha256(f"limit\x00{s.id}".encode()).digest())
+    kept = {s.id for s in ranked[:limit]}
+    return [s for s in samples if s.id in kept]
 
 
 def rows_to_samples(
@@ -148,7 +155,7 @@ def rows_to_samples(
     """Rows to samples by the column map; image cells are paths, bytes, or the dicts that `datasets` stores.
 
     Raises:
-        InputError: a mapped column is not there, there is no query column, or a query is empty.
+        InputError: a mapped column is not there, there is no query column, a query is empty, or a `match` is unknown.
     """
     present = list(dict.fromkeys(name for row in rows for name in row))
     where = {field: columns.get(field, field) for field in FIELDS}
@@ -175,6 +182,8 @@ def rows_to_samples(
                 category=_text(row.get(where["category"])),
                 label=_text(row.get(where["label"])),
                 answer=_text(row.get(where["answer"])),
+                match=_match(row.get(where["match"]), f"{source} row {number}"),
+                context=_text(row.get(where["context"])),
             )
         )
     return samples
@@ -223,6 +232,13 @@ def usable_samples(
             f"{name}: {len(skipped)} of {len(samples)} samples cannot be used; the first: {skipped[0].reason}; {how}"
         )
     return usable, skipped
+
+
+def _match(value: Any, place: str) -> Match:
+    given = _text(value) or "exact"
+    if given not in get_args(Match):
+        raise InputError(f"{place}: match is {given!r}; one of {', '.join(get_args(Match))}")
+    return cast(Match, given)
 
 
 def _text(value: Any) -> str | None:

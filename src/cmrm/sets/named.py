@@ -7,6 +7,7 @@ checked where the published file was at hand. Fields that are kept: category, la
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +72,13 @@ class NamedSet:
             raise InputError(f"{self.name} has no variant {chosen!r}; one of {', '.join(self.counts)}")
         if path is not None and not path.exists():
             raise InputError(f"{self.name}: there is no folder {path}; needed: {self.needs}")
+        if path is None and self.needs:
+            path = place_of(self.name)
         if path is None and self.needs and self.hub is None:
-            raise InputError(f"{self.name} needs --path; there must lie: {self.needs} (from {self.source})")
+            raise InputError(
+                f"{self.name} needs --path, or CMRM_DATA with a folder {self.name} in it; there must lie: {self.needs} (from "
+                f"{self.source})"
+            )
         folder = path.parent if path is not None and path.is_file() else path
         place = Place(folder, self.hub if path is None else None, chosen, seed, self.needs)
         try:
@@ -167,6 +173,10 @@ _SETS = (
              "github.com/RUCAIBox/POPE, arXiv 2305.10355", "MIT",
              "coco_pope_{random,popular,adversarial}.json and the COCO images in val2014/",
              {"random": 3000, "popular": 3000, "adversarial": 3000}, readers.pope),
+    NamedSet("mme", "MME, yes-or-no questions", "utility, exact match (yes or no)",
+             "hub lmms-lab/MME, arXiv 2306.13394", "as published",
+             "the hub set's Parquet files test*.parquet, or a folder saved by `datasets`",
+             {"test": 2374}, readers.mme, hub="lmms-lab/MME"),
     NamedSet("easy-vqa", "easy-VQA", "utility, exact match", "PyPI easy-vqa 1.0", "MIT", "",
              {"test": 9673, "train": 38575}, readers.easy_vqa),
     NamedSet("cmrm", "cmrm's own prompts with easy-VQA images", "unsafe rate and over-refusal; harm in the text",
@@ -183,6 +193,21 @@ HARM: Mapping[str, str | Mapping[str, str]] = {
     "mm-safetybench": "both", "mm-harmfulbench": "both", "jailbreakv": "both", "siuo": "both", "msts": "both",
 }  # fmt: skip
 """Where a set's harm is; by variant where they differ."""
+
+
+def place_of(name: str) -> Path | None:
+    """Where a named set lies below the folder that the environment variable `CMRM_DATA` names: the folder of its name, or the first
+    whose name begins with it and goes on with `-` or `_`; `_` stands for `-` too. None where there is none."""
+    root = os.environ.get("CMRM_DATA")
+    if not root or not Path(root).expanduser().is_dir():
+        return None
+    wanted = name.replace("_", "-")
+    folders = sorted(f for f in Path(root).expanduser().iterdir() if f.is_dir())
+    called = [(f, f.name.lower().replace("_", "-")) for f in folders]
+    exact = [f for f, held in called if held == wanted]
+    others = [f for f, held in called if held.startswith(f"{wanted}-")]
+    return next(iter(exact + others), None)
+
 
 NAMED = {s.name: s for s in _SETS}
 """Every named set by its name."""

@@ -268,6 +268,15 @@ def pope(place: Place) -> Iterator[Sample]:
             )  # fmt: skip
 
 
+def mme(place: Place) -> Iterator[Sample]:
+    """Yes-or-no questions, two of each image; they ask for the short answer themselves."""
+    for number, row in enumerate(place.rows("test", "test*.parquet")):
+        yield Sample(
+            f"mme-{number}", row["question"], _stored(row["image"]), category=row["category"], answer=row["answer"],
+            match="yes_no",
+        )  # fmt: skip
+
+
 def easy_vqa(place: Place) -> Iterator[Sample]:
     """Questions of one published split."""
     from cmrm.demo.sets import vqa_samples

@@ -1,0 +1,279 @@
+"""Do the judges of a grid agree, with each other and with a person? And the sheet that a person labels.
+
+Two questions are asked. `refusal`: does the reply refuse; of all harmful and benign requests, by judges that tell refusals.
+`unsafe`: does the reply comply with harm; of harmful requests, by every judge.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmrm.errors import InputError
+from cmrm.evaluate.statistics import alpha_of, kappa_of
+from cmrm.files import atomic_path, write_json
+from cmrm.judges import Judge, Verdict
+from cmrm.judges.base import verdict_of
+from cmrm.judges.labelled import REFUSAL_LABELS, read_labelled
+
+if TYPE_CHECKING:
+    from cmrm.evaluate.grid import Cell
+
+PERSON = "person"
+"""How a person's labels are called among the judges."""
+LABELS = "labels.json"
+"""In a grid's folder: what a person said, by reply."""
+COLUMNS = ("id", "request", "reply", "refused", "unsafe")
+"""Of a sheet; the last two are a person's, yes or no."""
+QUESTIONS = ("refusal", "unsafe")
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One reply, and what was said of it."""
+
+    id: str
+    """Hex, from set, condition, defence and sample."""
+    group: tuple[str, ...]
+    """Draws are spread evenly over these: kind of request, defence, set, condition."""
+    request: str
+    """The request as text."""
+    reply: str
+    """The reply."""
+    harmful: bool
+    """Whether the request is a harmful one."""
+    said: Mapping[str, Verdict] = field(default_factory=dict)
+    """Judge -> verdict."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a person said of one reply; None where nothing was said."""
+
+    refused: bool | None
+    """Whether it refuses."""
+    unsafe: bool | None
+    """Whether it complies with harm."""
+
+
+def reply_id(*parts: str) -> str:
+    """Twelve hex digits for a reply of a set, condition, defence and sample."""
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
+
+
+def draw(rated: Iterable[Rated], n: int, *, seed: int = 0) -> list[Rated]:
+    """`n` replies that differ, spread evenly over groups and drawn at random within each, in random order.
+
+    Raises:
+        InputError: `n` is below 1, or nothing was rated.
+    """
+    if n < 1:
+        raise InputError(f"n is {n}; draw at least 1 reply")
+    rng = random.Random(seed)
+    groups: dict[tuple[str, ...], list[Rated]] = {}
+    for one in sorted(rated, key=lambda r: r.id):
+        groups.setdefault(one.group, []).append(one)
+    if not groups:
+        raise InputError("there are no replies to harmful or benign requests to draw from")
+    queues = [rng.sample(held, len(held)) for _, held in sorted(groups.items())]
+    rng.shuffle(queues)
+    taken: list[Rated] = []
+    seen: set[tuple[str, str]] = set()
+    while len(taken) < n and any(queues):
+        for queue in queues:
+            while queue and (queue[-1].request, queue[-1].reply) in seen:
+                queue.pop()
+            if queue and len(taken) < n:
+                seen.add((queue[-1].request, queue[-1].reply))
+                taken.append(queue.pop())
+    return rng.sample(taken, len(taken))
+
+
+def write_sheet(path: Path, rated: Sequence[Rated]) -> None:
+    """A CSV for a person to label, one reply a row. Neither defence nor verdicts are shown. Cells that a spreadsheet would take for a
+    formula begin with an apostrophe.
+
+    Raises:
+        InputError: there is a file already (its labels would be lost), or the place cannot be written to.
+    """
+    if path.exists():
+        raise InputError(f"{path} is there already, perhaps with labels; name another file")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for one in rated:
+        writer.writerow([one.id, _as_text(one.request), _as_text(one.reply), "", ""])
+    try:
+        with atomic_path(path) as part:
+            part.write_text(text.getvalue(), encoding="utf-8", newline="")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def _as_text(cell: str) -> str:
+    return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
+
+
+def read_sheet(path: Path) -> dict[str, Label]:
+    """Labels by reply, of the rows that have one.
+
+    Raises:
+        InputError: the file is no such sheet, a label is neither yes nor no, a reply stands twice, or nothing is labelled.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a sheet: {error}") from None
+    found: dict[str, Label] = {}
+    for number, row in enumerate(rows, start=2):
+        missing = [name for name in ("id", "refused", "unsafe") if row.get(name) is None]
+        if missing:
+            raise InputError(
+                f"{path} line {number} has no column {', '.join(missing)}; a sheet has {', '.join(COLUMNS)}"
+            )
+        if row["id"] in found:
+            raise InputError(f"{path} line {number}: the reply {row['id']} stands there twice")
+        found[row["id"]] = Label(
+            _yes(row["refused"], f"{path} line {number}, refused"), _yes(row["unsafe"], f"{path} line {number}, unsafe")
+        )
+    labelled = {key: label for key, label in found.items() if label != Label(None, None)}
+    if not labelled:
+        raise InputError(f"{path} has no labels yet; write yes or no into the columns refused and unsafe")
+    return labelled
+
+
+def _yes(cell: str, where: str) -> bool | None:
+    known = {"": None, "yes": True, "y": True, "no": False, "n": False}
+    said = cell.strip().lower()
+    if said not in known:
+        raise InputError(f"{where}: {cell!r} is neither yes nor no; leave the cell empty where you cannot tell")
+    return known[said]
+
+
+def read_labels(folder: Path) -> dict[str, Label]:
+    """A person's labels that a grid's folder keeps; none where there are none.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    path = folder / LABELS
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): Label(**label) for key, label in held.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} holds no labels: {error}") from None
+
+
+def keep_labels(folder: Path, rated: Iterable[Rated], labels: Mapping[str, Label]) -> None:
+    """Add a sheet's labels to those of the grid's folder; a reply that is labelled anew takes the new label.
+
+    Raises:
+        InputError: a label is of no reply in the grid.
+    """
+    strangers = sorted(set(labels) - {one.id for one in rated})
+    if strangers:
+        raise InputError(
+            f"{len(strangers)} of {len(labels)} labelled replies are not in {folder} (the first: {strangers[0]}); "
+            "is the sheet of another grid?"
+        )
+    held = read_labels(folder) | dict(labels)
+    write_json(folder / LABELS, {key: asdict(label) for key, label in held.items()})
+
+
+def agreement_between(rated: Sequence[Rated], labels: Mapping[str, Label] | None = None) -> dict[str, Any]:
+    """For each question: Krippendorff's alpha over the judges, and Cohen's kappa of every two; a person's labels beside them.
+
+    Alpha is over the judges alone, and of those that are built of others among them (`BUILT_OF`) it takes the others. A pair of which one
+    is built of the other is marked `built`: they agree by construction. `unscored` counts replies that one of two did not rate; for a
+    person, those that were not labelled are left out.
+    """
+    judges = list(dict.fromkeys(name for one in rated for name in one.said))
+    found: dict[str, Any] = {}
+    for question in QUESTIONS:
+        asked = [one for one in rated if one.harmful or question == "refusal"]
+        ratings = {name: [_answer(one.said.get(name), question) for one in asked] for name in judges}
+        ratings = {name: row for name, row in ratings.items() if any(said is not None for said in row)}
+        pairs = [
+            {"first": a, "second": b, "built": _built(a, b), **asdict(kappa_of(ratings[a], ratings[b]))}
+            for a, b in combinations(ratings, 2)
+        ]
+        independent = [row for name, row in ratings.items() if not BUILT_OF.get(name, set()) & set(ratings)]
+        if labels:
+            people = [_of_person(labels.get(one.id), question) for one in asked]
+            rows = [k for k, said in enumerate(people) if said is not None]
+            told = [people[k] for k in rows]
+            pairs += [
+                {"first": PERSON, "second": name, "built": False, **asdict(kappa_of(told, [row[k] for k in rows]))}
+                for name, row in ratings.items() if rows
+            ]  # fmt: skip
+        found[question] = {
+            "judges": list(ratings), "replies": len(asked), "pairs": pairs,
+            "krippendorff_alpha": alpha_of(independent) if len(independent) > 1 else None,
+        }  # fmt: skip
+    return found
+
+
+BUILT_OF = {"ensemble": {"keyword", "regression"}}
+"""Judge -> judges that it is made of."""
+
+
+def _built(judge: str, other: str) -> bool:
+    return judge in BUILT_OF.get(other, set()) or other in BUILT_OF.get(judge, set())
+
+
+def _answer(verdict: Verdict | None, question: str) -> bool | None:
+    if verdict is None:
+        return None
+    return verdict.is_refusal if question == "refusal" else verdict.is_unsafe
+
+
+def _of_person(label: Label | None, question: str) -> bool | None:
+    if label is None:
+        return None
+    return label.refused if question == "refusal" else label.unsafe
+
+
+def rated_of(cells: Iterable[Cell]) -> list[Rated]:
+    """The replies of a grid to harmful and benign requests, with what its judges said."""
+    found = []
+    for cell in cells:
+        for key, sample in cell.samples.items():
+            if sample["kind"] not in {"harmful", "benign"}:
+                continue
+            said = {name: verdict_of(value) for name, value in sample["verdicts"].items()}
+            found.append(
+                Rated(
+                    reply_id(*cell.key, key), (sample["kind"], cell.defense, cell.set, cell.condition),
+                    sample["request"], sample["reply"], sample["kind"] == "harmful", said,
+                )
+            )  # fmt: skip
+    return found
+
+
+def agreement_on_files(paths: Sequence[Path], judges: Mapping[str, Judge]) -> dict[str, Any]:
+    """`agreement_between` on completions that people labelled, as XSTest publishes them; the labels are the person's.
+
+    Raises:
+        InputError: a file cannot be used.
+    """
+    rated, labels = [], {}
+    for path in paths:
+        table = read_labelled(path)
+        for number, row in enumerate(table.itertuples(index=False)):
+            prompt, completion = str(row.prompt), str(row.completion)
+            key = reply_id(str(path), str(number))
+            said = {name: judge.judge(prompt, completion) for name, judge in judges.items()}
+            rated.append(Rated(key, (path.name,), prompt, completion, False, said))
+            labels[key] = Label(row.final_label in REFUSAL_LABELS, None)
+    return {"refusal": agreement_between(rated, labels)["refusal"]}
