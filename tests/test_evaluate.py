@@ -187,6 +187,33 @@ def test_killed_twice_it_ends_with_the_same_numbers(checkpoint: str, tmp_path: P
     assert batches[1] <= batches[0] + 2, "each kill costs at most one batch"
 
 
+def test_batches_are_whole_whatever_their_size(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inspect sends 20 requests at first; a batch of more would wait for the others and be run in parts."""
+    sizes, inner = list[int](), respond
+
+    def watched(vlm: VLM, defense: Any, requests: list[Request], **options: Any) -> list[Reply]:
+        sizes.append(len(requests))
+        return inner(vlm, defense, requests, **options)
+
+    monkeypatch.setattr(provider, "respond", watched)
+    monkeypatch.setattr(provider, "PATIENCE", 1.0)
+    many = Loaded("many", tuple(Sample(f"h{k}", f"How {k}?", picture("red"), label="harmful") for k in range(70)))
+    wanted = plan(
+        checkpoint, sets=(many,), defenses=(), conditions=(Condition.ORIGINAL,), batch_size=32, max_new_tokens=2
+    )
+    evaluate(wanted, tmp_path, say=quiet)
+    assert sorted(sizes[:3]) == [6, 32, 32]
+    task = Task(
+        dataset=MemoryDataset([InspectSample(input=f"What is {k}?", target="x") for k in range(48)]), scorer=includes()
+    )
+    sizes.clear()
+    eval(task, model=get_model(f"cmrm/{checkpoint}", memoize=False, batch_size=24), log_dir=str(tmp_path / "l"), display="none",
+         max_tokens=2)  # fmt: skip
+    assert sizes == [24, 24], "of another's task too"
+
+
 def test_a_failing_batch_is_missing_and_never_safe(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,18 +35,27 @@ def demo_checkpoint(weights: Path | None = None) -> Path:
         CmrmError: the backbone cannot be fetched, or the weights are missing.
     """
     weights = weights or weights_dir()
-    parts = [weights / "adapter" / "adapter_model.safetensors", weights / "visual.safetensors"]
-    for part in parts:
-        if not part.is_file():
-            raise CmrmError(f"the demo's weights are incomplete: {part} is missing; install cmrm anew")
-    key = "-".join([WHEEL_SHA256[:8], *(sha256_file(part)[:8] for part in parts)])
-    target = cache_dir() / "demo-vlm" / key
+    target = checkpoint_path(weights)
     if not intact(target):
         with atomic_path(target) as folder:
             _assemble(weights, folder)
             sums = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
             (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     return target
+
+
+def checkpoint_path(weights: Path) -> Path:
+    """Where the checkpoint that is assembled with `weights` lies, or will.
+
+    Raises:
+        CmrmError: a part of the weights is missing.
+    """
+    parts = [weights / "adapter" / "adapter_model.safetensors", weights / "visual.safetensors"]
+    for part in parts:
+        if not part.is_file():
+            raise CmrmError(f"the demo's weights are incomplete: {part} is missing; install cmrm anew")
+    key = "-".join([WHEEL_SHA256[:8], *(sha256_file(part)[:8] for part in parts)])
+    return cache_dir() / "demo-vlm" / key
 
 
 def intact(folder: Path) -> bool:

@@ -176,7 +176,7 @@ class CmrmAPI(ModelAPI):
         model_name: str,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(),  # noqa: B008
+        config: GenerateConfig | None = None,
         *,
         defense: str = "none",
         settings: dict[str, Any] | str | None = None,
@@ -203,10 +203,15 @@ class CmrmAPI(ModelAPI):
             batch_size: requests a batch.
             options: `dtype`, `device_map`, `revision`, `trust_remote_code` of `load_vlm`.
         """
-        super().__init__(model_name, base_url, api_key, [], config)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it is at least 1")
         self.batch_size = batch_size
+        config = GenerateConfig() if config is None else config
+        # Inspect begins with 20 requests at a time and takes more where they succeed, as a service wants it: a larger batch would wait
+        # for members that are never sent. It reads this very object.
+        if config.max_connections is None and not getattr(config, "adaptive_connections", None):
+            config.max_connections = self.max_connections()
+        super().__init__(model_name, base_url, api_key, [], config)
         self.vlm = shared_vlm(model_name, **options)
         given = settings_of(settings)
         self.defense = built_defense(self.vlm, defense, given, fitted=fitted, shift=shift, alpha=alpha)
