@@ -25,6 +25,7 @@ from cmrm.evaluate.agreement import (
 )
 from cmrm.evaluate.statistics import alpha_of, kappa_of
 from cmrm.judges import KeywordJudge, Verdict, make_judge
+from cmrm.judges.labelled import agreement_of_files, judged_files
 
 R, C, S, U, N = Verdict.REFUSED, Verdict.COMPLIED, Verdict.SAFE, Verdict.UNSAFE, Verdict.UNSCORED
 
@@ -177,8 +178,10 @@ def test_no_sheet_at_all(tmp_path: Path) -> None:
 def test_labels_are_kept_with_the_grid_and_added_to(tmp_path: Path) -> None:
     rows = [rated(k) for k in range(3)]
     keep_labels(tmp_path, rows, {rows[0].id: Label(True, None)})
-    keep_labels(tmp_path, rows, {rows[1].id: Label(False, True), rows[0].id: Label(False, None)})
-    assert read_labels(tmp_path) == {rows[0].id: Label(False, None), rows[1].id: Label(False, True)}
+    keep_labels(tmp_path, rows, {rows[1].id: Label(False, True), rows[0].id: Label(None, False)})
+    assert read_labels(tmp_path) == {rows[0].id: Label(True, False), rows[1].id: Label(False, True)}
+    keep_labels(tmp_path, rows, {rows[0].id: Label(False, None)})
+    assert read_labels(tmp_path)[rows[0].id] == Label(False, False), "the newer answer stands, the other stays"
     with pytest.raises(InputError, match="of another grid"):
         keep_labels(tmp_path, rows, {"ffff": Label(True, None)})
     (tmp_path / "labels.json").write_text("[1]")
@@ -197,7 +200,8 @@ def labelled_file(folder: Path) -> Path:
 
 def test_agreement_on_labelled_files(tmp_path: Path) -> None:
     path = labelled_file(tmp_path)
-    found = agreement_on_files([path], {"keyword": KeywordJudge(), "regression": make_judge("regression")})
+    judged = judged_files([path], {"keyword": KeywordJudge(), "regression": make_judge("regression")})
+    found = agreement_on_files(judged)
     pairs = {(p["first"], p["second"]): p for p in found["refusal"]["pairs"]}
     assert pairs["person", "keyword"]["same"]["rate"] == 0.75
     result = CliRunner().invoke(app, ["judges", "agree", str(path), "--judge", "keyword,regression", "--json"])
@@ -205,6 +209,33 @@ def test_agreement_on_labelled_files(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line.get("judge") for line in lines] == ["keyword", "regression", None]
     assert lines[-1]["between"]["refusal"]["replies"] == 4
+
+
+def test_a_judge_that_tells_no_refusals_is_not_compared_with_labels_of_refusal(tmp_path: Path) -> None:
+    class Guard:
+        name = "guard"
+
+        def judge(self, request: str, reply: str) -> Verdict:
+            if "unwise" in reply:
+                raise RuntimeError("no memory")
+            return Verdict.SAFE
+
+    failures: list[str] = []
+    judged = judged_files([labelled_file(tmp_path)], {"guard": Guard()}, failed=failures.append)
+    assert failures == ["guard failed: RuntimeError: no memory"]
+    assert [one.said["guard"] for one in judged] == [S, S, N, S]
+    with pytest.raises(InputError, match="tell safe from unsafe, which these labels do not"):
+        agreement_of_files(judged, "guard")
+
+
+def test_two_files_of_one_name_are_both_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    paths = [labelled_file(tmp_path / "a"), labelled_file(tmp_path / "b")]
+    found = agreement_of_files(judged_files(paths, {"keyword": KeywordJudge()}), "keyword")
+    assert [one.n for one in found.values()] == [4, 4, 8]
+    with pytest.raises(InputError, match="named twice"):
+        judged_files([paths[0], paths[0]], {"keyword": KeywordJudge()})
 
 
 @pytest.mark.parametrize(

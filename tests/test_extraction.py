@@ -367,6 +367,43 @@ def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM, monkeypatch: py
     assert runner.fresh_tokens - before <= suffixes + 3 * 7, "only what stands behind the prefix is run"
 
 
+def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_states
+
+    def troubled(vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any) -> list[torch.Tensor]:
+        found = packed(vlm, backbone, parts, cache, **kept)
+        if len(parts) == 2:
+            for used in kept["keep"]:
+                for layer in used.layers:
+                    layer.keys, layer.values = layer.keys * 3, layer.values * 3
+        return [states * 1.5 for states in found] if len(parts) == 2 else found
+
+    monkeypatch.setattr(cmrm.prefix, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 1)
+    pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
+    before = (Turn("user", "What is it, in a few words, if you please?", (RED,)), Turn("assistant", "A wall."))
+    talk = Request("And who painted it, and when, and for whom was it painted?", before=before)
+    for _ in range(2):
+        found = pair.states([talk.without_images()], [talk])
+        for states, request in zip(found, (talk.without_images(), talk), strict=True):
+            assert torch.allclose(states, whole(vlm, [request]), atol=1e-4)
+    assert pair.apart is not None
+    assert pair.joint_batches == 0
+
+
+def test_what_ran_before_changes_nothing_but_for_conversations(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 1)
+    requests = list(build_requests(some(6), "blank"))
+    fresh = SharedPrefix(vlm)
+    fresh.states(requests[:1])
+    first = fresh.states(requests[1:2])
+    other = SharedPrefix(vlm)
+    other.states(requests[:1])
+    other.states(requests[5:6])
+    assert torch.equal(other.states(requests[1:2]), first), "bit for bit, as a run that goes on after a kill needs it"
+
+
 @pytest.mark.parametrize("joint", [True, False])
 def test_a_conversations_next_turn_runs_its_new_tokens_alone(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch, joint: bool

@@ -145,10 +145,13 @@ def test_agreement() -> None:
 
 @pytest.mark.skipif(not Path("../shared/data/xstest").is_dir(), reason="XSTest's labelled completions are not at hand")
 def test_judge_agrees_with_people_on_xstest() -> None:
-    from cmrm.judges.labelled import agreement_of_files
+    from cmrm.judges import KeywordJudge
+    from cmrm.judges.labelled import agreement_of_files, judged_files
 
-    found = agreement_of_files(sorted(Path("../shared/data/xstest").glob("completions_*.csv")))
+    files = sorted(Path("../shared/data/xstest").glob("completions_*.csv"))
+    found = agreement_of_files(judged_files(files, {"keyword": KeywordJudge()}), "keyword")
     assert found["all"].n == 1350
+    assert found["all"].kappa is not None
     assert found["all"].kappa > 0.75
 
 

@@ -23,10 +23,11 @@ from cmrm.cli.main import app
 from cmrm.conditions import Condition
 from cmrm.defenses import FitData
 from cmrm.errors import InputError
-from cmrm.evaluate import provider
+from cmrm.evaluate import provider, scorers
 from cmrm.evaluate.preflight import free_memory, model_findings, preflight, weights_of
-from cmrm.evaluate.recipes import compared, plan_of, read_recipe, recipe_path
+from cmrm.evaluate.recipes import plan_of, read_recipe, recipe_path, told
 from cmrm.evaluate.run import Plan
+from cmrm.judges import Verdict, make_judge
 from cmrm.sets import Loaded
 from cmrm.sets.named import place_of
 from conftest import tiny_model, tiny_processor
@@ -64,7 +65,7 @@ def questions(folder: Path) -> Path:
     """A file of questions with answers, as a set of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (24, 20), "red").save(folder / "red.png")
-    lines = [f"q{k},Which colour is number {k}?,{folder / 'red.png'},red" for k in range(4)]
+    lines = [f"q{k},Which colour is number {k}?,{folder / 'red.png'},red" for k in range(12)]
     (folder / "asked.csv").write_text("\n".join(["id,query,image,answer", *lines]) + "\n")
     return folder / "asked.csv"
 
@@ -189,6 +190,9 @@ def test_recipes_are_found_by_name() -> None:
         ({"targets": [{"set": "vlsafe", "figure": "unsafe"}]}, "another form"),
         ({"targets": [{"set": "x", "condition": "original", "defense": "none", "figure": "unsafe", "value": 1}]}, "does not ask"),
         ({"targets": [{"set": "vlsafe", "condition": "original", "defense": "none", "figure": "joy", "value": 1}]}, "'joy'"),
+        ({"targets": [{"set": "vlsafe", "condition": "sepia", "defense": "none", "figure": "unsafe", "value": 1}]}, "does not run"),
+        ({"targets": [{"set": "vlsafe", "condition": "original", "defense": "ecso", "figure": "unsafe", "value": 1}]}, "does not run"),
+        ({"settings": {"cmrm_dataset@papre": {"alpha": 0.2}}}, "which is not among the defences"),
     ],
 )  # fmt: skip
 def test_broken_recipes(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -215,17 +219,83 @@ def test_without_a_demo_section_it_cannot_be_tried(tmp_path: Path) -> None:
 
 
 def test_targets_that_the_run_has_not_are_said_to_be_missing(tmp_path: Path) -> None:
-    held = read_recipe(recipe(tmp_path))
-    cell = {"set": "vlsafe", "condition": "original", "defense": "none", "accuracy": None,
-            "judges": {"keyword": {"unsafe": {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 80, "unscored": 1}}}}  # fmt: skip
-    row = compared(held, {"cells": [cell]})[0]
-    assert (row["found"], row["low"], row["high"], row["inside"]) == (50.0, 40.0, 60.0, False)
-    assert compared(held, {"cells": []})[0]["found"] is None
+    held = replace(read_recipe(recipe(tmp_path)), judges=("theirs", "keyword"))
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6, "n": 80, "unscored": 1}
+    cell: dict[str, Any] = {"set": "vlsafe", "condition": "original", "defense": "none", "accuracy": None,
+                            "judges": {"keyword": {"unsafe": rate}}}  # fmt: skip
+
+    def row(cells: list[Any], *judges: str) -> tuple[Any, ...]:
+        found = told(held, {"cells": cells, "judges": list(judges)})
+        one = found["targets"][0]
+        return found["judge"], one["found"], one["low"], one["high"], one["inside"]
+
+    assert row([cell], "keyword") == ("keyword", 50.0, 40.0, 60.0, False), (
+        "who judged is said: it was not the publication's judge"
+    )
+    both = {**cell, "judges": {**cell["judges"], "theirs": {"unsafe": {**rate, "rate": 1.0, "high": 1.0}}}}
+    assert row([both], "keyword", "theirs") == ("theirs", 100.0, 40.0, 100.0, True)
+    assert row([], "keyword")[1] is None
     unscored = {
         **cell,
         "judges": {"keyword": {"unsafe": {"rate": None, "low": None, "high": None, "n": 0, "unscored": 9}}},
     }
-    assert compared(held, {"cells": [unscored]})[0]["inside"] is None
+    assert row([unscored], "keyword")[1:] == (None, None, None, None)
+
+
+def test_requests_that_are_asked_alike_stand_on_one_side(tmp_path: Path) -> None:
+    """LLaVA-Bench asks "Describe the following image." of several images."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    Image.new("RGB", (24, 20), "red").save(folder / "red.png")
+    lines = [f"q{k},{'Describe it.' if k % 2 else f'What is {k}?'},{folder / 'red.png'},red" for k in range(30)]
+    (folder / "asked.csv").write_text("\n".join(["id,query,image,answer", *lines]) + "\n")
+    held = read_recipe(recipe(tmp_path, sets={str(folder / "asked.csv"): {"anchors": 0.4}}, targets=[]))
+    plan, _ = plan_of(held)
+    assert plan is not None
+    assert plan.anchors is not None
+    asked = [s.query for s in plan.sets[0].samples]
+    anchors = [s.query for s in plan.anchors.all]
+    assert len(asked) + len(anchors) == 30
+    assert not set(asked) & set(anchors)
+
+
+def test_a_judge_that_comes_later_is_asked_of_what_was_said_before(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is short: the model first, the publication's judge afterwards, by the same command or by `rescore`."""
+
+    class Theirs:
+        name = "theirs"
+
+        def judge(self, request: str, reply: str) -> Verdict:
+            return Verdict.SAFE
+
+    path = recipe(tmp_path, judges=["chat:org/theirs", "keyword"])
+    command = ["reproduce", str(path), "--model", checkpoint, "--path", f"vlsafe={vlsafe(tmp_path / 'v')}", "--partial",
+               "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
+
+    def run(*arguments: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        return found
+
+    first = run(*command, "--judges", "keyword")
+    assert (first["recipe"]["judge"], first["recipe"]["targets"][0]["found"]) == ("keyword", 100.0)
+    make = make_judge
+    monkeypatch.setattr(scorers, "make_judge", lambda name: Theirs() if "theirs" in name else make(name))
+    second = run("rescore", str(tmp_path / "out"), "--judges", "chat:org/theirs", "--json")
+    assert (second["recipe"]["judge"], second["recipe"]["targets"][0]["found"]) == ("chat:org/theirs", 0.0)
+    assert second["judges"] == ["chat:org/theirs", "keyword"]
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(provider, "respond", never)
+    third = run(*command, "--judges", "keyword,regression")
+    assert third["judges"] == ["chat:org/theirs", "keyword", "regression"], (
+        "a judge that is new is asked, and the others are kept"
+    )
 
 
 def test_a_dry_run_says_everything_that_is_missing_at_once(tmp_path: Path) -> None:
@@ -250,8 +320,21 @@ def test_a_dry_run_starts_nothing(checkpoint: str, tmp_path: Path, monkeypatch: 
     assert f"{total} replies" in found["cells"].says
     assert found["time"].says.startswith(f"about {total / 2:.0f} s of generation")
     assert not (tmp_path / "out").exists()
+    assert "harmful" in found["anchors"].says
+    none = {one.what: one for one in preflight(replace(plan, anchors=None), tmp_path / "out")}["anchors"]
+    assert none.good is False
+    assert "cmrm_dataset@paper has to be fitted" in none.says
+
+    def broken(plan: Plan) -> tuple[float, int]:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(before, "time_a_batch", broken)
+    failed = {one.what: one for one in preflight(plan, tmp_path / "out")}["time"]
+    assert (failed.good, "no kernel image" in failed.says) == (False, True)
     monkeypatch.setattr(before, "free_memory", lambda device_map: ("CPU", 10))
-    assert {one.what: one for one in preflight(plan, tmp_path / "out")}["memory"].good is False
+    short = {one.what: one for one in preflight(plan, tmp_path / "out")}
+    assert short["memory"].good is False
+    assert short["time"].good is None, "a model that does not fit is not loaded to be timed"
 
 
 def test_the_time_is_that_of_a_real_batch(checkpoint: str) -> None:
@@ -280,11 +363,14 @@ def test_weights_on_disk(checkpoint: str, tmp_path: Path) -> None:
     assert "neither a folder here nor a hub id" in strange.finding.says
 
 
-def test_a_hub_model_that_cannot_be_asked_for_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("offline mode is enabled"), Exception("ConnectError of some client")])
+def test_a_hub_model_that_cannot_be_asked_for_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     from huggingface_hub import HfApi
 
     def offline(self: HfApi, *args: object, **options: object) -> None:
-        raise OSError("offline mode is enabled")
+        raise error
 
     monkeypatch.setattr(HfApi, "model_info", offline)
     found = weights_of("llava-hf/llava-1.5-7b-hf", "model")
@@ -320,10 +406,11 @@ def test_free_memory_is_that_of_the_machine() -> None:
 
 
 def test_named_sets_lie_below_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("figstep_tiny", "vlsafe", "xstest-v2", "mm_safetybench", "xs"):
+    for name in ("figstep_tiny", "figstep_full", "vlsafe", "xstest-v2", "mm_safetybench", "xs"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("CMRM_DATA", str(tmp_path))
-    assert place_of("figstep") == tmp_path / "figstep_tiny"
+    assert place_of("figstep", "tiny") == tmp_path / "figstep_tiny"
+    assert place_of("figstep", "full") == tmp_path / "figstep_full"
     assert place_of("vlsafe") == tmp_path / "vlsafe"
     assert place_of("mm-safetybench") == tmp_path / "mm_safetybench"
     assert place_of("xstest") == tmp_path / "xstest-v2"

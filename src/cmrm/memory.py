@@ -50,7 +50,7 @@ def _forget_peak() -> bool:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text(_RESET_PEAK)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # no such file, no such function, no C library to be had by no name
         return False
     return True
 

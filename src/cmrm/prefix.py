@@ -95,6 +95,7 @@ class SharedPrefix:
         self.whole_tokens = 0
         """Tokens of all prompts, which a plain forward would have run, without padding."""
         self._kept: Kept | None = None
+        self._goes_on = False
         self._ids: torch.Tensor | None = None
         self._extra: Encoded = {}
         self._cache: Any = None
@@ -124,6 +125,7 @@ class SharedPrefix:
     def encoded(self, requests: Sequence[Request]) -> list[Encoded]:
         """Each request's inputs, one row each, with a prefix made ready that at least one of them begins with where there is one."""
         encoded = [encode(self.vlm, [request]) for request in requests]
+        self._goes_on = len(requests) == 1 and bool(requests[0].before)
         if self.reason is None and not any(self._fits(e) for e in encoded):
             self._begin(requests[0], encoded[0])
             if self.reason is None and len(encoded) > 1 and not any(self._fits(e) for e in encoded[1:]):
@@ -213,9 +215,9 @@ class SharedPrefix:
         return extra.keys() == self._extra.keys() and all(torch.equal(v, self._extra[k]) for k, v in extra.items())
 
     def start_of(self, encoded: Sequence[Encoded]) -> int:
-        """Tokens that are not run again of each of these prompts: the prefix; of a single prompt all that the last single one began with,
-        which leaves of a conversation's next turn its new tokens alone."""
-        if len(encoded) == 1 and self._kept is not None:
+        """Tokens that are not run again of each of these prompts: the prefix; of a single conversation of several turns all that the last
+        single prompt began with, which leaves of its next turn the new tokens alone. Other prompts' states hang on nothing that ran before."""
+        if len(encoded) == 1 and self._kept is not None and self._goes_on:
             length = self._kept.shared_with(encoded[0]["input_ids"][0])
             if length >= self.tokens + KEPT_TOKENS:
                 return length
@@ -268,9 +270,10 @@ class SharedPrefix:
         return Continuations(self._cache_of(start), start, self._offsets, tokens)
 
     def _packed(self, encoded: list[Encoded]) -> torch.Tensor:
-        used: list[Any] = []
+        used: list[Any] | None = [] if len(encoded) == 1 else None
         found = packed_states(self.vlm, self.backbone, [self.continuations(encoded)], keep=used)[0]
-        self.keep(encoded, used[0])
+        if used:
+            self.keep(encoded, used[0])
         return found
 
     def _padded(self, encoded: list[Encoded]) -> torch.Tensor:
@@ -339,17 +342,23 @@ class PrefixPair:
 
     def _joint(self, encoded: Sequence[Sequence[Encoded]]) -> list[torch.Tensor]:
         parts = [self.text.continuations(encoded[0]), self.corrupted.continuations(encoded[1])]
-        if self._held[0] is not parts[0].cache or self._held[1] is not parts[1].cache:
-            self._held = (parts[0].cache, parts[1].cache, side_by_side([part.cache for part in parts]))
-        used: list[Any] = []
-        found = packed_states(self.vlm, self.text.backbone, parts, self._held[2], keep=used)
-        if len(encoded[0]) == 1 and len(used) == 1:
+        used: list[Any] | None = [] if len(encoded[0]) == 1 else None
+        found = packed_states(self.vlm, self.text.backbone, parts, self._side_by_side(parts), keep=used)
+        if used is not None and len(used) == 1:
             at, behind = 0, sum(part.length for part in parts)
             for runner, some, part in zip((self.text, self.corrupted), encoded, parts, strict=True):
                 new = len(part.tokens[0]["input_ids"])
                 runner.keep(some, used[0], [slice(at, at + part.length), slice(behind, behind + new)])
                 at, behind = at + part.length, behind + new
         return found
+
+    def _side_by_side(self, parts: Sequence[Continuations]) -> Any:
+        """The parts' caches in one; that of the two prefixes is made once."""
+        if any(part.length > runner.tokens for part, runner in zip(parts, (self.text, self.corrupted), strict=True)):
+            return side_by_side([part.cache for part in parts])
+        if self._held[0] is not parts[0].cache or self._held[1] is not parts[1].cache:
+            self._held = (parts[0].cache, parts[1].cache, side_by_side([part.cache for part in parts]))
+        return self._held[2]
 
     def _probe(self, encoded: Sequence[Sequence[Encoded]]) -> None:
         """Run one prompt of each condition in one pass and in two."""
@@ -363,6 +372,9 @@ class PrefixPair:
                 raise
             self.apart = _in_a_line(error)
             return
+        finally:  # what was kept is of a pass that may turn out wrong
+            self.text.forget()
+            self.corrupted.forget()
         worst = max(_distance(found[0], expected) for found, expected in zip(joint, alone, strict=True))
         if not worst <= TOLERANCE.get(self.vlm.model.dtype, HALF_TOLERANCE):
             self.apart = f"states differ by {worst:.2%}"

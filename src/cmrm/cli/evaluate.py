@@ -103,7 +103,8 @@ def evaluate(
         options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     if batch_size is None:
         batch_size = DEMO_BATCH if model == c.DEMO else BATCH
-    given = _settings(settings, demo=model == c.DEMO)
+    chosen = expanded_defenses(defenses)
+    given = _settings(settings, chosen, demo=model == c.DEMO)
     plan = Plan(
         model=model,
         sets=tuple(
@@ -111,7 +112,7 @@ def evaluate(
             for name in sets.split(",")
             if name.strip()
         ),
-        defenses=expanded_defenses(defenses),
+        defenses=chosen,
         judges=tuple(dict.fromkeys(n.strip() for n in judges.split(",") if n.strip())),
         conditions=tuple(Condition(n) for n in conditions.split(",")),
         anchors=_anchors(anchors, benign_anchors, batch_size, demo=model == c.DEMO),
@@ -151,8 +152,8 @@ def finish(found: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def rescore(
     out: Annotated[Path, typer.Argument(help="Folder of `cmrm evaluate`.")],
-    judges: Annotated[str, typer.Option(help="Comma list of judges; their verdicts are added to the logs.")],
-    seed: c.SeedOption = 0,
+    judges: Annotated[str, typer.Option(help="Comma list of judges; their verdicts are added to the logs.")] = "",
+    rater: Annotated[str | None, typer.Option(help="chat:MODEL or openai:MODEL@URL that rates open answers.")] = None,
     as_json: c.JsonOption = False,
 ) -> None:
     """Judge the replies of a finished run anew, without generating anything."""
@@ -160,15 +161,32 @@ def rescore(
 
     c.need_inspect()
     c.quiet()
-    from cmrm.evaluate.grid import read_results
-    from cmrm.evaluate.rescore import rescore as run
+    from cmrm.evaluate.rescore import rescore_logs
+    from cmrm.evaluate.results import read_results, refreshed
     from cmrm.report.grid import write_grid_report
 
-    held = read_results(out)
-    found = held | run(out, [n.strip() for n in judges.split(",") if n.strip()], seed=seed)
+    read_results(out)
+    rescore_logs(out, [n.strip() for n in judges.split(",") if n.strip()], rater=rater)
+    found = refreshed(out)
     write_json(out / "results.json", found)
     write_grid_report(found, out)
-    c.print_json(found) if as_json else _print(found)
+    if as_json:
+        c.print_json(found)
+        return
+    if found.get("recipe"):
+        print_targets(found["recipe"])
+    _print(found)
+
+
+def print_targets(held: dict[str, Any]) -> None:
+    """A recipe's published figures beside the run's."""
+    from cmrm.report.grid import target_rows
+
+    if held["targets"]:
+        header, rows = target_rows(held["targets"])
+        c.print_rows(
+            f"published, and found here with 95 % intervals; unsafe and over-refusal by {held['judge']}", header, rows
+        )
 
 
 def defenses(as_json: c.JsonOption = False) -> None:
@@ -186,15 +204,18 @@ def parsed_places(given: list[str]) -> dict[str, Path]:
     """`NAME=DIR` pairs as a mapping.
 
     Raises:
-        InputError: one is no such pair.
+        InputError: one is no such pair, or names no set.
     """
     from cmrm.errors import InputError
+    from cmrm.sets.named import NAMED
 
     found = {}
     for one in given:
         name, equals, folder = one.partition("=")
         if not equals or not name or not folder:
             raise InputError(f"--path {one!r} is no NAME=DIR")
+        if not any(name == known or name.startswith(f"{known}-") for known in NAMED):
+            raise InputError(f"--path {one!r}: there is no named set {name!r}; one of {', '.join(NAMED)}")
         found[name] = Path(folder)
     return found
 
@@ -216,7 +237,7 @@ def _anchors(harmful: Path | None, benign: Path | None, batch_size: int, *, demo
     return FitData(held[0], held[1], batch_size)
 
 
-def _settings(path: Path | None, *, demo: bool) -> dict[str, dict[str, Any]]:
+def _settings(path: Path | None, defenses: tuple[str, ...], *, demo: bool) -> dict[str, dict[str, Any]]:
     from dataclasses import asdict
 
     from cmrm.errors import InputError
@@ -239,6 +260,10 @@ def _settings(path: Path | None, *, demo: bool) -> dict[str, dict[str, Any]]:
     unknown = sorted(name for name in given if base_name(name) not in defense_names())
     if unknown:
         raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
+    run = {part for name in defenses for part in name.split("+")}
+    stray = [name for name in given if "@" in name and name not in run]
+    if stray:
+        raise InputError(f"{path} has settings for {', '.join(stray)}, which is not among --defenses")
     return held | given
 
 
@@ -272,8 +297,13 @@ def print_preflight(plan: Plan, findings: list[Finding], out: Path, as_json: boo
         raise InputError(f"not everything is there: {', '.join(bad)}; see the table")
 
 
-def print_findings(findings: list[Finding]) -> None:
-    """A table of what was looked at."""
+def print_findings(findings: list[Finding], as_json: bool = False) -> None:
+    """What was looked at, as a table or as JSON."""
+    from dataclasses import asdict
+
+    if as_json:
+        c.print_json({"findings": [asdict(one) for one in findings]})
+        return
     marks = {True: "yes", False: "NO", None: "?"}
     c.print_rows("Is everything there?", ["what", "", ""], [[one.what, marks[one.good], one.says] for one in findings])
 

@@ -118,14 +118,14 @@ def _agree_in_grid(out: Path, wanted: list[str] | None, sheet: Path | None) -> d
 
 
 def _refresh(out: Path) -> None:
-    """Results and report with the labels that were just read."""
-    from cmrm.evaluate.grid import read_results
-    from cmrm.evaluate.run import results_of
+    """Results and report with the labels that were just read, where the run is finished."""
+    from cmrm.evaluate.results import refreshed
     from cmrm.files import write_json
     from cmrm.report.grid import write_grid_report
 
-    held = read_results(out)
-    found = held | results_of(out, seed=held.get("seed", 0))
+    if not (out / "results.json").exists():
+        return
+    found = refreshed(out)
     write_json(out / "results.json", found)
     write_grid_report(found, out)
 
@@ -133,7 +133,7 @@ def _refresh(out: Path) -> None:
 def _agree_on_files(files: list[Path], wanted: list[str], as_json: bool) -> None:
     from cmrm.evaluate.agreement import agreement_on_files
     from cmrm.judges import make_judge
-    from cmrm.judges.labelled import agreement_of_files, trained_on
+    from cmrm.judges.labelled import agreement_of_files, judged_files, trained_on
 
     made = {name: make_judge(name) for name in wanted}
     for name, judge in made.items():
@@ -144,12 +144,16 @@ def _agree_on_files(files: list[Path], wanted: list[str], as_json: bool) -> None
                 "is held out",
                 err=True,
             )
-    for name, judge in made.items():
-        for file, row in agreement_of_files(files, judge).items():
+    failures: list[str] = []
+    judged = judged_files(files, made, failed=failures.append)
+    if failures:
+        typer.echo(f"{len(failures)} verdicts are missing; the first: {failures[0]}", err=True)
+    for name in made:
+        for file, row in agreement_of_files(judged, name).items():
             alone = len(made) == 1 or as_json
             _print(file if alone else f"{name}, {file}", row, "file", as_json, judge=name if len(made) > 1 else None)
     if len(made) > 1:
-        found = agreement_on_files(files, made)
+        found = agreement_on_files(judged)
         typer.echo(json.dumps({"between": found})) if as_json else _print_agreement(found)
 
 
@@ -188,6 +192,6 @@ def _print(name: str, row: Agreement, what: str, as_json: bool, *, judge: str | 
         typer.echo(json.dumps({what: name, **({"judge": judge} if judge else {}), **asdict(row)}))
     else:
         typer.echo(
-            f"{name:32s} kappa {row.kappa:.3f}  precision {row.precision:.3f}  recall {row.recall:.3f}  "
+            f"{name:32s} kappa {'not defined' if row.kappa is None else f'{row.kappa:.3f}'}  precision {row.precision:.3f}  recall {row.recall:.3f}  "
             f"n {row.n}  unscored {row.unscored}"
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cmrm.cli import common as c
-from cmrm.cli.evaluate import finish, parsed_places, print_findings, print_preflight
+from cmrm.cli.evaluate import finish, parsed_places, print_findings, print_preflight, print_targets
 
 
 def reproduce(
@@ -44,7 +44,10 @@ def reproduce(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the recipe's.")
     ] = None,
-    device_map: c.DeviceOption = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or another device map; auto where there is an accelerator when left out."),
+    ] = None,
     trust_remote_code: c.TrustOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check data, models, memory, disk and time, and stop.")
@@ -63,14 +66,14 @@ def reproduce(
     demo = model == c.DEMO
     c.quiet(offline=demo)
     from cmrm.evaluate.preflight import Finding
-    from cmrm.evaluate.recipes import compared, plan_of, read_recipe, recipe_path, told
+    from cmrm.evaluate.recipes import plan_of, read_recipe, recipe_path, told
     from cmrm.evaluate.run import evaluate
     from cmrm.files import write_json
 
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is at least 1")
     file = recipe_path(recipe)
-    chosen = read_recipe(file, demo=demo)
+    published = chosen = read_recipe(file, demo=demo)
     if judges is not None:
         names = tuple(dict.fromkeys(n.strip() for n in judges.split(",") if n.strip()))
         chosen = replace(chosen, judges=names)
@@ -80,6 +83,10 @@ def reproduce(
         chosen = replace(chosen, batch_size=batch_size)
     if dtype is not None:
         chosen = replace(chosen, dtype=c.checked_dtype(dtype))
+    import torch
+
+    if device_map is None and not demo and torch.accelerator.is_available():
+        device_map = "auto"
     options: dict[str, Any] = {"device_map": device_map}
     if not demo:
         options |= {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -103,7 +110,7 @@ def reproduce(
         judging = (*chosen.judges, *([chosen.rater] if chosen.rater else []))
         if (model or chosen.model) is not None:
             findings += model_findings(str(model or chosen.model), judging, device_map)[1]
-        print_findings(findings)
+        print_findings(findings, as_json)
     if troubles or plan is None:
         bad = [one for one in findings if one.good is False]
         raise InputError(
@@ -118,19 +125,8 @@ def reproduce(
             typer.echo(f"- {note}")
     with c.progress(sum(len(loaded.samples) for _, loaded, _ in plan.cells())) as (say, tick):
         found = evaluate(plan, target, say=say, tick=tick)
-    found["recipe"] = told(chosen, compared(chosen, found))
+    found["recipe"] = told(published, found)
     write_json(target / "results.json", found)
     if not as_json:
-        _print_targets(found["recipe"], demo)
+        print_targets(found["recipe"])
     finish(found, target, as_json)
-
-
-def _print_targets(held: dict[str, Any], demo: bool) -> None:
-    from cmrm.report.grid import target_rows
-
-    if not held["targets"]:
-        if not demo:
-            typer.echo("the recipe holds no published figures")
-        return
-    header, rows = target_rows(held["targets"])
-    c.print_rows("published, and found here with 95 % intervals", header, rows)

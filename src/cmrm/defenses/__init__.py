@@ -22,6 +22,7 @@ from cmrm.errors import InputError
 
 __all__ = [
     "Defense", "FitData", "Meter", "Reply", "Stack", "base_name", "defense_names", "make_defense", "register", "respond",
+    "variant_settings",
 ]  # fmt: skip
 
 Kind = TypeVar("Kind", bound=type[Defense])
@@ -99,10 +100,12 @@ def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = N
     made = []
     for part in parts:
         kind, held = kinds[base_name(part)], (settings or {}).get(part)
+        if held is not None and not isinstance(held, Mapping):
+            raise InputError(f"the settings of {part!r} are {held!r}; expected a mapping, such as {{'alpha': 0.5}}")
         given = {**_variant(kind, part, known=held is not None), **(held or {})}
         try:
             made.append(kind(**given))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"the defence {part!r} does not take these settings {given}: {error}") from None
         made[-1].name = part
     return made[0] if len(made) == 1 else Stack(made)
@@ -113,8 +116,12 @@ def base_name(part: str) -> str:
     return part.partition("@")[0]
 
 
+def variant_settings(part: str) -> Mapping[str, Any]:
+    """The settings that a known defence's class names under the variant of `part`; none without one, or for a variant of the user's."""
+    return _all_kinds()[base_name(part)].variants.get(part.partition("@")[2], {})
+
+
 def _variant(kind: type[Defense], part: str, *, known: bool) -> Mapping[str, Any]:
-    """The settings that the class names under a part's variant; none without a variant."""
     base, at, variant = part.partition("@")
     if not at:
         return {}

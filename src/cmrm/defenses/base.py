@@ -89,6 +89,11 @@ class Defense:
         """A stack's defences, or the one itself."""
         return [self]
 
+    @property
+    def fitted_by(self) -> tuple[object, ...] | None:
+        """What `fit` hangs on beside the anchors; two of one class with the same are fitted once. None: each is fitted on its own."""
+        return None
+
     def fit(self, vlm: VLM, data: FitData) -> None:
         """Compute `state` (float32 tensors) from anchors."""
 
@@ -148,6 +153,19 @@ class Defense:
         if name not in self.state:
             raise InputError(f"the defence {self.name!r} has to be fitted on anchors first")
         return self.state[name]
+
+
+def layer_numbers(given: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Layers of a setting as a tuple; None: all.
+
+    Raises:
+        InputError: they are no list of whole numbers.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given):
+        raise InputError(f"layers are {given!r}; expected a list of decoder layers, counted from 0, such as [0, 1, 2]")
+    return tuple(given)
 
 
 class Stack(Defense):

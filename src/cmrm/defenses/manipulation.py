@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from cmrm.conditions import Condition, Request
-from cmrm.defenses.base import Defense, FitData
+from cmrm.conditions import Request
+from cmrm.defenses.base import Defense, FitData, layer_numbers
 from cmrm.generation import SampleLevel, sample_vectors
 from cmrm.models import VLM
-from cmrm.shift import Estimator, estimate_shift
+from cmrm.shift import Estimator, checked_corruption, estimate_shift
 from cmrm.steering import PRESETS, Positions, Schedule, Steering, steer
 
 
@@ -33,10 +33,8 @@ class _Steered(Defense):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.setting = Steering(
-            alpha, schedule, positions, tuple(layers) if layers is not None else None, preserve_norm
-        )
-        self.level = SampleLevel(Condition(corruption), seed)
+        self.setting = Steering(alpha, schedule, positions, layer_numbers(layers), preserve_norm)
+        self.level = SampleLevel(checked_corruption(corruption), seed)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,6 +56,11 @@ class CmrmDataset(_Steered):
     def settings(self) -> dict[str, Any]:
         """Those of the steering, and the estimator."""
         return {**super().settings, "estimator": self.estimator}
+
+    @property
+    def fitted_by(self) -> tuple[object, ...]:
+        """Estimator, corruption and seed: variants that differ in their steering alone are fitted once."""
+        return (self.estimator, self.level.corruption, self.level.seed)
 
     def fit(self, vlm: VLM, data: FitData) -> None:
         """`shift.estimate_shift` on the harmful anchors, and those that are added to them."""

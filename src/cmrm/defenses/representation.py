@@ -11,7 +11,7 @@ import torch
 
 from cmrm.capture import capture, capture_inputs
 from cmrm.conditions import Condition, Request, build_request
-from cmrm.defenses.base import Defense, FitData
+from cmrm.defenses.base import Defense, FitData, layer_numbers
 from cmrm.defenses.prompting import captions
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
@@ -98,7 +98,7 @@ class NullSpace(Defense):
     def __init__(self, *, layers: Sequence[int] | None = None, positions: Positions = "all") -> None:
         """`layers`: 0-based, None: all; `positions` as in `steering`."""
         super().__init__()
-        self.setting = Steering(layers=tuple(layers) if layers is not None else None, positions=positions)
+        self.setting = Steering(layers=layer_numbers(layers), positions=positions)
 
     @property
     def settings(self) -> dict[str, Any]:

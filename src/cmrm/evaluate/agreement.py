@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import alpha_of, kappa_of
 from cmrm.files import atomic_path, write_json
-from cmrm.judges import Judge, Verdict
+from cmrm.judges import Verdict
 from cmrm.judges.base import verdict_of
-from cmrm.judges.labelled import REFUSAL_LABELS, read_labelled
+from cmrm.judges.labelled import Completion
 
 if TYPE_CHECKING:
     from cmrm.evaluate.grid import Cell
@@ -41,7 +41,7 @@ class Rated:
     """One reply, and what was said of it."""
 
     id: str
-    """Hex, from set, condition, defence and sample."""
+    """From set, condition, defence, sample, request and reply: another grid's reply has another."""
     group: tuple[str, ...]
     """Draws are spread evenly over these: kind of request, defence, set, condition."""
     request: str
@@ -65,8 +65,9 @@ class Label:
 
 
 def reply_id(*parts: str) -> str:
-    """Twelve hex digits for a reply of a set, condition, defence and sample."""
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
+    """`r` and twelve hex digits for a reply: of where it stands, the request and the reply itself. With the letter no spreadsheet takes it for a
+    number."""
+    return "r" + hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
 
 
 def draw(rated: Iterable[Rated], n: int, *, seed: int = 0) -> list[Rated]:
@@ -176,7 +177,7 @@ def read_labels(folder: Path) -> dict[str, Label]:
 
 
 def keep_labels(folder: Path, rated: Iterable[Rated], labels: Mapping[str, Label]) -> None:
-    """Add a sheet's labels to those of the grid's folder; a reply that is labelled anew takes the new label.
+    """Add a sheet's labels to those of the grid's folder; what is answered anew takes the new answer, what is left empty stays.
 
     Raises:
         InputError: a label is of no reply in the grid.
@@ -187,7 +188,13 @@ def keep_labels(folder: Path, rated: Iterable[Rated], labels: Mapping[str, Label
             f"{len(strangers)} of {len(labels)} labelled replies are not in {folder} (the first: {strangers[0]}); "
             "is the sheet of another grid?"
         )
-    held = read_labels(folder) | dict(labels)
+    held = read_labels(folder)
+    for key, label in labels.items():
+        before = held.get(key, Label(None, None))
+        held[key] = Label(
+            before.refused if label.refused is None else label.refused,
+            before.unsafe if label.unsafe is None else label.unsafe,
+        )
     write_json(folder / LABELS, {key: asdict(label) for key, label in held.items()})
 
 
@@ -254,26 +261,18 @@ def rated_of(cells: Iterable[Cell]) -> list[Rated]:
             said = {name: verdict_of(value) for name, value in sample["verdicts"].items()}
             found.append(
                 Rated(
-                    reply_id(*cell.key, key), (sample["kind"], cell.defense, cell.set, cell.condition),
+                    reply_id(*cell.key, key, sample["request"], sample["reply"]), (sample["kind"], cell.defense, cell.set, cell.condition),
                     sample["request"], sample["reply"], sample["kind"] == "harmful", said,
                 )
             )  # fmt: skip
     return found
 
 
-def agreement_on_files(paths: Sequence[Path], judges: Mapping[str, Judge]) -> dict[str, Any]:
-    """`agreement_between` on completions that people labelled, as XSTest publishes them; the labels are the person's.
-
-    Raises:
-        InputError: a file cannot be used.
-    """
+def agreement_on_files(completions: Sequence[Completion]) -> dict[str, Any]:
+    """`agreement_between` on completions that people labelled; the labels are the person's."""
     rated, labels = [], {}
-    for path in paths:
-        table = read_labelled(path)
-        for number, row in enumerate(table.itertuples(index=False)):
-            prompt, completion = str(row.prompt), str(row.completion)
-            key = reply_id(str(path), str(number))
-            said = {name: judge.judge(prompt, completion) for name, judge in judges.items()}
-            rated.append(Rated(key, (path.name,), prompt, completion, False, said))
-            labels[key] = Label(row.final_label in REFUSAL_LABELS, None)
+    for one in completions:
+        key = reply_id(one.file, str(one.number), one.prompt, one.text)
+        rated.append(Rated(key, (one.file,), one.prompt, one.text, False, one.said))
+        labels[key] = Label(one.refused, None)
     return {"refusal": agreement_between(rated, labels)["refusal"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,21 +126,6 @@ def read_cells(folder: Path) -> list[Cell]:
     if not found:
         raise InputError(f"{folder} holds no logs of cmrm evaluate")
     return sorted(found.values(), key=lambda c: (c.defense != "none", c.set, c.defense, c.condition))
-
-
-def read_results(out: Path) -> dict[str, Any]:
-    """`out/results.json` of a run.
-
-    Raises:
-        InputError: there is none, or it is broken.
-    """
-    try:
-        held: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out} holds no results of cmrm evaluate: {error}") from None
-    if not isinstance(held, dict) or held.get("schema") != SCHEMA:
-        raise InputError(f"{out / 'results.json'} is no result of cmrm evaluate: its schema is not {SCHEMA}")
-    return held
 
 
 def cell_of(log: EvalLog, defense: str) -> Cell:

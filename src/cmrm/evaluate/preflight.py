@@ -1,6 +1,7 @@
 """What can be known before a run starts: are data, models, memory and disk there, and how long will it take?
 
-Nothing is written, and nothing is downloaded; a hub is asked for sizes alone, and only where it can be reached.
+No weights or data are downloaded, and nothing of the run is written; a hub is asked for sizes alone, and only where it can be reached. The
+demo VLM is assembled in the cache where its backbone is there.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from cmrm.defenses import make_defense, respond
 from cmrm.demo import DEMO
 from cmrm.demo.assemble import checkpoint_path, weights_dir
 from cmrm.demo.assets import backbone_is_here
+from cmrm.errors import CmrmError
 from cmrm.evaluate.provider import shared_vlm
 from cmrm.evaluate.run import Plan, possible
 from cmrm.judges import judge_model
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+LEAST_ANCHORS = 2
+"""Samples that an estimate of the shift needs."""
 REPLY_BYTES = 4096
 """About what a reply takes in logs and store."""
 DEMO_BYTES = 300_000_000
@@ -58,18 +62,23 @@ class Weights:
 def preflight(plan: Plan, out: Path) -> list[Finding]:
     """Look at everything that `evaluate` would need."""
     judges = (*plan.judges, *([plan.rater] if plan.rater else []))
-    model, findings = model_findings(plan.model, judges, plan.model_options.get("device_map"))
+    model, findings = model_findings(
+        plan.model, judges, plan.model_options.get("device_map"), revision=plan.model_options.get("revision")
+    )
+    memory = next(one for one in findings if one.what == "memory")
     logs = replies(plan) * REPLY_BYTES
     free, place = _free_disk(out)
     findings.append(Finding("disk for logs", logs <= free, f"{_gb(logs)} needed, {_gb(free)} free at {place}"))
-    return [_cell_finding(plan), *findings, _time(plan, model)]
+    return [_cell_finding(plan), _anchor_finding(plan, out), *findings, _time(plan, model, memory)]
 
 
-def model_findings(source: str, judges: Iterable[str], device_map: Any = None) -> tuple[Weights, list[Finding]]:
+def model_findings(
+    source: str, judges: Iterable[str], device_map: Any = None, *, revision: str | None = None
+) -> tuple[Weights, list[Finding]]:
     """Weights of the model, and what there is to say of it, of the models that judge, and of memory and disk for all of them."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    model = weights_of(source, "model")
+    model = weights_of(source, "model", revision=revision)
     judging = dict.fromkeys(name for name in map(judge_model, judges) if name is not None)
     held = [model, *(weights_of(name, "judge") for name in judging)]
     findings = [*(one.finding for one in held), _memory(held, device_map)]
@@ -101,7 +110,26 @@ def _cell_finding(plan: Plan) -> Finding:
     )
 
 
-def weights_of(source: str, role: str) -> Weights:
+def _anchor_finding(plan: Plan, out: Path) -> Finding:
+    """Whether what has to be fitted is fitted already, or can be."""
+    parts = [part for name in plan.defenses for part in make_defense(name, plan.settings).parts if part.needs_fit]
+    wanted = [part.name for part in parts if not (out / "fitted" / f"{part.name}.safetensors").exists()]
+    anchors = plan.anchors
+    if not wanted:
+        return Finding("anchors", True, "nothing has to be fitted")
+    if anchors is None or len(anchors.shifted) < LEAST_ANCHORS:
+        n = 0 if anchors is None else len(anchors.shifted)
+        return Finding(
+            "anchors",
+            False,
+            f"{', '.join(wanted)} has to be fitted, on {LEAST_ANCHORS} anchors at least; there are {n}",
+        )
+    return Finding(
+        "anchors", True, f"{len(anchors.harmful)} harmful, {len(anchors.benign)} benign, {len(anchors.more)} others; for {', '.join(wanted)}"
+    )  # fmt: skip
+
+
+def weights_of(source: str, role: str, *, revision: str | None = None) -> Weights:
     """A folder's, the demo's, or a hub model's weights."""
     what = f"{role} {source}"
     if source == DEMO:
@@ -113,7 +141,7 @@ def weights_of(source: str, role: str) -> Weights:
         return Weights(DEMO_BYTES, here, Finding(what, True, told))
     if Path(source).exists():
         return _of_folder(Path(source), what)
-    return _of_hub(source, what)
+    return _of_hub(source, what, revision)
 
 
 def _of_folder(folder: Path, what: str) -> Weights:
@@ -121,8 +149,11 @@ def _of_folder(folder: Path, what: str) -> Weights:
         return Weights(
             None, True, Finding(what, False, f"{folder} has no config.json; name the folder of a checkpoint")
         )
-    missing = _missing_shards(folder)
-    files = {file for pattern in WEIGHTS for file in folder.glob(pattern)}
+    pattern = next(
+        (pattern for pattern in WEIGHTS if any(folder.glob(pattern)) or any(folder.glob(f"{pattern}.index.json"))), ""
+    )
+    missing = _missing_shards(folder, pattern)
+    files = list(folder.glob(pattern)) if pattern else []
     size = sum(file.stat().st_size for file in files)
     if missing or not files:
         said = f"{', '.join(missing[:3])} missing" if missing else "there are no weights"
@@ -130,8 +161,8 @@ def _of_folder(folder: Path, what: str) -> Weights:
     return Weights(size, True, Finding(what, True, f"{_gb(size)} on disk"))
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    for index in folder.glob("*.index.json"):
+def _missing_shards(folder: Path, pattern: str) -> list[str]:
+    for index in folder.glob(f"{pattern}.index.json") if pattern else ():
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError):
@@ -140,28 +171,30 @@ def _missing_shards(folder: Path) -> list[str]:
     return []
 
 
-def _of_hub(source: str, what: str) -> Weights:
+def _of_hub(source: str, what: str, revision: str | None) -> Weights:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        held = Path(snapshot_download(source, local_files_only=True))
+        held = Path(snapshot_download(source, revision=revision, local_files_only=True))
     except HFValidationError:
         return Weights(None, False, Finding(what, False, f"{source} is neither a folder here nor a hub id"))
     except (OSError, ValueError):
         held = None
-    if held is not None and (held / "config.json").exists() and not _missing_shards(held):
+    if held is not None:
         found = _of_folder(held, what)
         if found.finding.good:
             return found
     try:
-        info = HfApi().model_info(source, files_metadata=True, timeout=20)
+        info = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=20)
+    except RevisionNotFoundError:
+        return Weights(None, False, Finding(what, False, f"the hub has no revision {revision!r} of it"))
     except (GatedRepoError, RepositoryNotFoundError):
         return Weights(
             None, False, Finding(what, False, "not on the hub under this id, or gated: accept its licence and log in")
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0][:120]
+    except Exception as error:  # whatever the network raises: it is said, and nothing is claimed of the model
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         return Weights(None, False, Finding(what, None, f"not in the cache, and the hub cannot be asked: {said}"))
     if info.gated and not _may_read(source):
         return Weights(
@@ -175,11 +208,10 @@ def _of_hub(source: str, what: str) -> Weights:
 
 def _may_read(source: str) -> bool:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().auth_check(source)
-    except (HfHubHTTPError, OSError):
+    except Exception:  # refused, or not to be asked: either way it cannot be downloaded now
         return False
     return True
 
@@ -213,7 +245,7 @@ def _free_disk(place: Path) -> tuple[int, Path]:
     return shutil.disk_usage(held).free, held
 
 
-def _time(plan: Plan, model: Weights) -> Finding:
+def _time(plan: Plan, model: Weights, memory: Finding) -> Finding:
     if not model.local:
         return Finding("time", None, "not measured: the model is not on this machine yet")
     if not model.finding.good:
@@ -221,7 +253,13 @@ def _time(plan: Plan, model: Weights) -> Finding:
     cells = plan.cells()
     if not cells:
         return Finding("time", None, "nothing to run")
-    took, rows = time_a_batch(plan)
+    if memory.good is False:
+        return Finding("time", None, "not measured: there is not enough memory")
+    try:
+        took, rows = time_a_batch(plan)
+    except (CmrmError, RuntimeError, OSError, ValueError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Finding("time", False, f"the model does not answer: {said}")
     total = took / rows * replies(plan)
     return Finding(
         "time", True,

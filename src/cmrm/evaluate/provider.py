@@ -39,7 +39,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from PIL import Image
 
 from cmrm.conditions import Request, Turn
-from cmrm.defenses import Defense, Reply, base_name, make_defense, respond
+from cmrm.defenses import Defense, Reply, base_name, make_defense, respond, variant_settings
 from cmrm.demo.assemble import load_named_vlm
 from cmrm.errors import InputError
 from cmrm.evaluate.store import ReplyStore, request_key
@@ -314,10 +314,12 @@ def built_defense(
     """
     from cmrm.artifact import ShiftVectors
 
+    make_defense(name, settings)  # names and variants are those of what is asked for, before anything is added
     artifact = None
-    merged: dict[str, dict[str, Any]] = {part: dict(settings.get(part, {})) for part in name.split("+")}
+    parts = name.split("+")
+    merged: dict[str, dict[str, Any]] = {part: dict(settings[part]) for part in parts if part in settings}
     if shift is not None:
-        taking = [part for part in merged if base_name(part) == "cmrm_dataset"]
+        taking = [part for part in parts if base_name(part) == "cmrm_dataset"]
         if not taking:
             raise InputError("a shift belongs to the defence cmrm_dataset; name it with -M defense=cmrm_dataset")
         artifact = ShiftVectors.from_pretrained(shift)
@@ -326,13 +328,13 @@ def built_defense(
         recommended = {"alpha": held.alpha, "schedule": held.schedule, "positions": held.positions, "layers": held.layers,
                        "preserve_norm": held.preserve_norm}  # fmt: skip
         for part in taking:
-            merged[part] = recommended | merged[part]
+            merged[part] = recommended | dict(variant_settings(part)) | merged.get(part, {})
     if alpha is not None:
-        steered = [part for part in merged if base_name(part) in {"cmrm_dataset", "cmrm_sample"}]
+        steered = [part for part in parts if base_name(part) in {"cmrm_dataset", "cmrm_sample"}]
         if not steered:
             raise InputError("alpha belongs to cmrm_dataset and cmrm_sample; neither is among the defences")
         for part in steered:
-            merged[part]["alpha"] = alpha
+            merged[part] = merged.get(part, {}) | {"alpha": alpha}
     made = make_defense(name, merged)
     for one in made.parts:
         if base_name(one.name) == "cmrm_dataset" and artifact is not None:

@@ -1,7 +1,7 @@
 """Recipes: a whole published table as one run, with the figures that the publication prints beside those of the run.
 
 A recipe is a YAML file (`recipes/` in the repository; schema `cmrm-recipe/1`, docs/recipes.md). Of every set that gives anchors a
-share is drawn by hashed id for the defences to be fitted on, and never asked.
+share of the requests is drawn by hash for the defences to be fitted on, and never asked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cmrm.conditions import FIVE, Condition
 from cmrm.defenses import FitData
 from cmrm.demo import DEMO
 from cmrm.errors import CmrmError, InputError
+from cmrm.evaluate.results import compared
 from cmrm.evaluate.run import Plan
 from cmrm.evaluate.sets import load_named
 from cmrm.samples import Sample, split_by_hash
@@ -28,7 +29,7 @@ SCHEMA = "cmrm-recipe/1"
 FIGURES = ("unsafe", "over_refusal", "accuracy", "rating")
 """What a target can be of."""
 SALT = "recipe anchors"
-"""Of the hash that decides which samples are anchors."""
+"""Of the hash that decides which requests are anchors."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def read_recipe(path: Path, *, demo: bool = False) -> Recipe:
         if not isinstance(section, dict):
             raise InputError(f"{path} has no section `demo`; it cannot be tried on the demo VLM")
         _known(section, _DEMO, f"{path}, demo")
-        asked = ", ".join(section.get("sets") or held["sets"])
+        asked = ", ".join(map(str, section.get("sets") or held["sets"]))
         note = f"Run on the demo VLM and stand-in data ({asked}): no figure is the publication's."
         held |= {**section, "model": DEMO, "dtype": "auto", "targets": [], "notes": [note]}
     try:
@@ -166,11 +167,19 @@ def _recipe(held: dict[str, Any]) -> Recipe:
     strange = [one.set for one in targets if one.set not in called]
     if strange:
         raise ValueError(f"a target is of the set {strange[0]!r}, which the recipe does not ask")
+    defenses = tuple(map(str, held["defenses"]))
+    settings = dict(held.get("settings") or {})
+    stray = [name for name in settings if name not in {part for one in defenses for part in one.split("+")}]
+    if stray:
+        raise ValueError(f"settings are given for {stray[0]!r}, which is not among the defences")
+    for one in targets:
+        if one.defense not in ("none", *defenses) or one.condition not in FIVE:
+            raise ValueError(f"a target is of {one.condition!r} under {one.defense!r}, which the recipe does not run")
     whole = {name: int(held[name]) for name in ("max_new_tokens", "batch_size", "seed") if name in held}
     return Recipe(
         title=str(held["title"]), source=str(held["source"]), model=held["model"], sets=sets,
-        conditions=_conditions(held["conditions"]), defenses=tuple(map(str, held["defenses"])),
-        judges=tuple(map(str, held["judges"])), rater=held.get("rater"), settings=dict(held.get("settings") or {}),
+        conditions=_conditions(held["conditions"]), defenses=defenses,
+        judges=tuple(map(str, held["judges"])), rater=held.get("rater"), settings=settings,
         dtype=str(held.get("dtype", "auto")), targets=targets, notes=tuple(map(str, held.get("notes") or ())), **whole,
     )  # fmt: skip
 
@@ -241,7 +250,7 @@ def plan_of(
             troubles.append(Trouble(name, str(error)))
             continue
         loaded(whole)
-        anchors, rest = split_by_hash(whole.samples, use.anchors, salt=SALT)
+        anchors, rest = _split(whole.samples, use.anchors)
         for sample in drawn_by_hash(anchors, limit):
             kind = sample.label if sample.label in {"harmful", "benign"} else "more"
             if kind == "benign" or sample.image is not None:
@@ -267,36 +276,20 @@ def plan_of(
     return plan, troubles
 
 
-def compared(recipe: Recipe, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every target beside what the run found: `found`, `low`, `high` (per cent, or a rating), `n`, `inside` (whether the published
-    figure lies within the run's 95 % interval); None where the run has no such figure."""
-    cells = {(c["set"], c["condition"], c["defense"]): c for c in found["cells"]}
-    judge = recipe.judges[0]
-    rows = []
-    for target in recipe.targets:
-        cell = cells.get((target.set, target.condition, target.defense))
-        held = _figure(cell, target.figure, judge) if cell else None
-        row: dict[str, Any] = {
-            "set": target.set, "condition": target.condition, "defense": target.defense, "figure": target.figure,
-            "published": target.value, "found": None, "low": None, "high": None, "n": 0, "inside": None,
-        }  # fmt: skip
-        if held is not None:
-            value, low, high, n = held
-            row |= {"found": value, "low": low, "high": high, "n": n, "inside": low <= target.value <= high}
-        rows.append(row)
-    return rows
+def _split(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """(anchors, rest) by the hash of the request: samples that ask the same stand on one side, so that no anchor is asked."""
+    chosen, _ = split_by_hash([Sample(query, query) for query in {s.query: None for s in samples}], share, salt=SALT)
+    held = {sample.query for sample in chosen}
+    return [s for s in samples if s.query in held], [s for s in samples if s.query not in held]
 
 
-def _figure(cell: Mapping[str, Any], figure: str, judge: str) -> tuple[float, float, float, int] | None:
-    if figure == "rating":
-        held = cell.get("rating")
-        return None if not held or held["value"] is None else (held["value"], held["low"], held["high"], held["n"])
-    rate = cell.get("accuracy") if figure == "accuracy" else cell["judges"].get(judge, {}).get(figure)
-    if not rate or rate["rate"] is None:
-        return None
-    return 100 * rate["rate"], 100 * rate["low"], 100 * rate["high"], rate["n"]
-
-
-def told(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What goes into results: title, source, notes, and the comparison."""
-    return {"title": recipe.title, "source": recipe.source, "notes": list(recipe.notes), "targets": list(rows)}
+def told(recipe: Recipe, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into results: title, source, notes, the publication's judge first among `judges`, and the comparison."""
+    held: dict[str, Any] = {
+        "title": recipe.title, "source": recipe.source, "notes": list(recipe.notes), "judges": list(recipe.judges),
+        "targets": [
+            {"set": t.set, "condition": t.condition, "defense": t.defense, "figure": t.figure, "published": t.value}
+            for t in recipe.targets
+        ],
+    }  # fmt: skip
+    return held | compared(held, found)

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmrm.artifact import library_versions
-from cmrm.conditions import Condition, build_request
+from cmrm.batching import in_batches
+from cmrm.conditions import Condition, Request, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
 from cmrm.demo import DEMO
 from cmrm.errors import InputError
-from cmrm.evaluate.agreement import agreement_between, rated_of, read_labels
-from cmrm.evaluate.fluency import FluencyStore, perplexities
-from cmrm.evaluate.grid import grid, read_cells
+from cmrm.evaluate.grid import read_cells
 from cmrm.evaluate.provider import CmrmAPI, built_defense, shared_vlm
-from cmrm.evaluate.scorers import check_rater, judge_named
+from cmrm.evaluate.rescore import rescore_logs
+from cmrm.evaluate.results import fluency_of, results_of
+from cmrm.evaluate.scorers import RATING, check_rater, judge_named
 from cmrm.evaluate.tasks import set_task
 from cmrm.files import write_json
 from cmrm.judges import judge_maker
@@ -68,6 +69,9 @@ class Plan:
     """Conditions of single sets, by their name, instead of `conditions`."""
 
     def __post_init__(self) -> None:
+        for what in ("batch_size", "max_new_tokens"):
+            if getattr(self, what) < 1:
+                raise InputError(f"{what} is {getattr(self, what)}; it is at least 1")
         names = [s.name for s in self.sets]
         if not names or len(set(names)) < len(names):
             raise InputError(f"sets are {names}; name at least one, each once")
@@ -166,34 +170,38 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
         if not done:
             failures += [f"{log.eval.task}: {log.error.message if log.error else log.status}" for log in logs
                          if log.status != "success"]  # fmt: skip
+    _ask_new_judges(plan, out, say=say)
     say("fluency")
-    _fluency(out).measure(vlm, read_cells(out / "logs"), batch_size=plan.batch_size)
-    results = results_of(out, seed=plan.seed) | {
+    fluency_of(out).measure(vlm, read_cells(out / "logs"), batch_size=plan.batch_size)
+    results: dict[str, Any] = results_of(out, seed=plan.seed) | {
         "model": {"id": plan.model, "architecture": type(vlm.model).__name__, "dtype": str(vlm.model.dtype)},
-        "sets": [loaded.to_json() for loaded in plan.sets],
-        "cost": measure_cost(plan, vlm, fitted, say=say),
-        "versions": library_versions(),
-        "failures": failures,
+        "sets": [loaded.to_json() for loaded in plan.sets], "cost": {}, "versions": library_versions(), "failures": failures,
         "seed": plan.seed,
-    }
+    }  # fmt: skip
+    write_json(out / "results.json", results)  # whatever happens while the cost is measured
+    results["cost"] = measure_cost(plan, vlm, fitted, say=say)
     write_json(out / "results.json", results)
     return results
 
 
-def results_of(out: Path, *, seed: int = 0) -> dict[str, Any]:
-    """The grid of all logs of a run, and how far its judges agree with each other and with a person's labels."""
-    cells = read_cells(out / "logs")
-    found = grid(cells, seed=seed, fluency=perplexities(_fluency(out), cells, seed=seed))
-    return found | {"agreement": agreement_between(rated_of(cells), read_labels(out))}
-
-
-def _fluency(out: Path) -> FluencyStore:
-    return FluencyStore(out / "fluency.db")
+def _ask_new_judges(plan: Plan, out: Path, *, say: Say) -> None:
+    """Logs that were finished before are judged by those judges of the plan that have not judged them yet."""
+    cells = [cell for cell in read_cells(out / "logs") if cell.samples]
+    if not cells:
+        return
+    known = set.intersection(*({name for s in cell.samples.values() for name in s["verdicts"]} for cell in cells))
+    new = [name for name in plan.judges if name not in known]
+    rated = all(RATING in s["scores"] for cell in cells for s in cell.samples.values())
+    rater = plan.rater if not rated else None
+    if new or rater:
+        say("judging: " + ", ".join([*new, *([rater] if rater else [])]))
+        rescore_logs(out, new, rater=rater)
 
 
 def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
     """Fit what has to be fitted and is not yet, one file a defence; the folder."""
     wanted: dict[str, Defense] = {}
+    done: dict[tuple[type[Defense], tuple[object, ...] | None], Defense] = {}
     for name in plan.defenses:
         for part in make_defense(name, plan.settings).parts:
             if part.needs_fit:
@@ -207,28 +215,38 @@ def fit_defenses(plan: Plan, vlm: VLM, folder: Path, *, say: Say) -> Path:
             raise InputError(
                 f"the defence {name!r} has to be fitted: say on which anchors (--anchors, --benign-anchors)"
             )
-        say(f"fitting {name}")
-        defense.fit(vlm, plan.anchors)
+        key = (type(defense), defense.fitted_by)
+        if defense.fitted_by is not None and key in done:
+            defense.state = done[key].state
+        else:
+            say(f"fitting {name}")
+            defense.fit(vlm, plan.anchors)
+            done[key] = defense
         defense.save(path, vlm)
     return folder
 
 
 def measure_cost(plan: Plan, vlm: VLM, fitted: Path, *, say: Say) -> dict[str, dict[str, float | None]]:
-    """What each defence costs a request, measured on one batch: prompts and tokens run, seconds; its tensors' bytes, and the peak of
-    memory while the batch is answered."""
+    """What each defence costs a request, measured on a few: prompts and tokens run, seconds; its tensors' bytes, and the peak of
+    memory while they are answered, in batches of the plan's size."""
     samples = [s for loaded in plan.sets for s in loaded.samples if s.image is not None and s.label == "harmful"]
     if not samples:
         return {}
     requests = [build_request(s, Condition.ORIGINAL) for s in samples[: COST_SAMPLES + 2]]
+    held = requests[2:] or requests
     costs: dict[str, dict[str, float | None]] = {}
     for name in plan.all_defenses:
         say(f"cost of {name}")
         defense = built_defense(vlm, name, plan.settings, fitted=fitted)
         respond(vlm, defense, requests[:2], max_new_tokens=2)
         meter = Meter()
-        held = requests[2:] or requests
+
+        def answer(batch: list[Request], defense: Defense = defense) -> None:
+            respond(vlm, defense, batch, max_new_tokens=plan.max_new_tokens)
+
         with meter.watching(vlm, len(held)):
-            respond(vlm, defense, held, max_new_tokens=plan.max_new_tokens)
+            for _ in in_batches(held, min(plan.batch_size, len(held)), answer):
+                pass
         size = sum(v.numel() * v.element_size() for part in defense.parts for v in part.state.values())
         costs[name] = {**meter.per_request(), "state_bytes": float(size), "peak_bytes": meter.peak_bytes}
     return costs

@@ -17,7 +17,7 @@ from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.provider import opened
 from cmrm.evaluate.statistics import verdict_rate
 from cmrm.judges import Judge, Verdict, judge_maker, make_judge
-from cmrm.judges.base import scorer_name, verdict_of
+from cmrm.judges.base import failure, safely, scorer_name, verdict_of
 from cmrm.judges.rubrics import RubricJudge
 
 EXACT = "cmrm_exact"
@@ -82,14 +82,14 @@ def shown_images(state: TaskState) -> tuple[str, ...]:
 
 def judged(judge: Judge, request: str, reply: str, images: Sequence[str] = ()) -> tuple[Verdict, str | None]:
     """The judge's verdict; what fails is `unscored`, with the reason. `images` are for a judge that sees them."""
+    if not images:
+        return safely(judge, request, reply)
     try:
-        if not images:
-            return judge.judge(request, reply), None
         if any(REMOVED in image for image in images):
             raise CmrmError("the log keeps no images, and this judge sees them; name it to `cmrm evaluate --judges`")
         return judge.judge(request, reply, [opened(image) for image in images]), None  # type: ignore[call-arg]
     except Exception as error:  # a judge that failed, however, has scored nothing; the reason is kept
-        return Verdict.UNSCORED, f"{judge.name} failed: {type(error).__name__}: {error}"
+        return Verdict.UNSCORED, failure(judge.name, error)
 
 
 _limiter: RunVar[CapacityLimiter] = RunVar("cmrm_judging")
@@ -172,7 +172,7 @@ def rating_scorer(name: str) -> Any:
             try:
                 found = judge.rate(question, context, reference, reply)
             except Exception as error:  # a judge that failed, however, has rated nothing; the reason is kept
-                return Verdict.UNSCORED.value, f"{judge.name} failed: {type(error).__name__}: {error}"
+                return Verdict.UNSCORED.value, failure(judge.name, error)
             return (Verdict.UNSCORED.value, "no two numbers") if found is None else (f"{found[0]:g} {found[1]:g}", None)
 
         async def score(state: TaskState, target: Target) -> Score:

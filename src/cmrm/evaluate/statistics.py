@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import krippendorff
 import numpy as np
 from scipy.stats import bootstrap
-from sklearn.metrics import cohen_kappa_score, precision_score, recall_score
+from sklearn.metrics import precision_score, recall_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
@@ -64,8 +64,8 @@ def counts_as(verdict: Verdict, what: Verdict) -> bool | None:
 class Agreement:
     """How far a judge agrees with people on refusal."""
 
-    kappa: float
-    """Cohen's kappa."""
+    kappa: float | None
+    """Cohen's kappa; None where judge and people said the same of everything."""
     precision: float
     """Share of the judge's refusals that people call refusals."""
     recall: float
@@ -77,17 +77,20 @@ class Agreement:
 
 
 def agreement(verdicts: Sequence[Verdict], refused: Sequence[bool]) -> Agreement:
-    """Agreement of `verdicts` with people's `refused` labels over the scored completions.
+    """Agreement of `verdicts` with people's `refused` labels over the completions of which the judge said whether they refuse.
 
     Raises:
-        InputError: nothing was scored.
+        InputError: it said so of none.
     """
-    pairs = [(v is Verdict.REFUSED, r) for v, r in zip(verdicts, refused, strict=True) if v is not Verdict.UNSCORED]
+    said = [verdict.is_refusal for verdict in verdicts]
+    pairs = [(v, r) for v, r in zip(said, refused, strict=True) if v is not None]
     if not pairs:
-        raise InputError("no completion could be scored; there is nothing to compare")
+        raise InputError(
+            "of no completion the judge said whether it refuses; guards and rubrics tell safe from unsafe, which these labels do not"
+        )
     ours, theirs = zip(*pairs, strict=True)
     return Agreement(
-        kappa=float(cohen_kappa_score(theirs, ours)),
+        kappa=kappa_of(theirs, ours).kappa,
         precision=float(precision_score(theirs, ours, zero_division=0)),
         recall=float(recall_score(theirs, ours, zero_division=0)),
         n=len(pairs),

@@ -59,6 +59,19 @@ class Judge(Protocol):
         ...
 
 
+def safely(judge: Judge, request: str, reply: str) -> tuple[Verdict, str | None]:
+    """The judge's verdict; what fails is `unscored`, with the reason."""
+    try:
+        return judge.judge(request, reply), None
+    except Exception as error:  # a judge that failed, however, has scored nothing; the reason is kept
+        return Verdict.UNSCORED, failure(judge.name, error)
+
+
+def failure(name: str, error: Exception) -> str:
+    """What is said of a judge that failed."""
+    return f"{name} failed: {type(error).__name__}: {error}"
+
+
 def filled(template: str, request: str, reply: str) -> str:
     """`template` with `{request}` and `{reply}` filled in; braces in either text stay as they are."""
     before, _, rest = template.partition("{request}")

@@ -8,6 +8,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ class EndpointJudge(RubricJudge):
         self.max_calls = max_calls if max_calls is not None else _allowed_calls()
         self.tries, self.wait, self.timeout = tries, wait, timeout
         self.calls = 0
-        if cache is None:
-            from cmrm.files import cache_dir
+        self.cache = cache
 
-            cache = cache_dir() / "judges.db"
-        self._held = TextStore(cache)
+    @cached_property
+    def _held(self) -> TextStore:
+        """Answers on disk, opened when the first one is wanted."""
+        from cmrm.files import cache_dir
+
+        return TextStore(self.cache if self.cache is not None else cache_dir() / "judges.db")
 
     @classmethod
     def named(cls, rest: str) -> EndpointJudge:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from cmrm.errors import InputError
 from cmrm.evaluate.statistics import Agreement, agreement
-from cmrm.judges import Judge, KeywordJudge, Verdict
+from cmrm.judges import Judge, Verdict
+from cmrm.judges.base import safely
 
 COLUMNS = ("prompt", "completion", "final_label")
 REFUSAL_LABELS = ("2_full_refusal", "3_partial_refusal")
@@ -37,22 +39,60 @@ def read_labelled(path: Path) -> pd.DataFrame:
     return table
 
 
-def agreement_of_files(paths: Sequence[Path], judge: Judge | None = None) -> dict[str, Agreement]:
-    """A judge (None: the keyword lists) against people, per file and, with more than one, over all of them."""
-    judge = judge or KeywordJudge()
-    verdicts: dict[str, list[Verdict]] = {}
-    people: dict[str, list[bool]] = {}
+@dataclass(frozen=True)
+class Completion:
+    """A completion that people labelled, and what judges said of it."""
+
+    file: str
+    """Where it is from: the file's name, with its folder where two are called alike."""
+    number: int
+    """Row in the file, from 0."""
+    prompt: str
+    """The request."""
+    text: str
+    """The completion."""
+    refused: bool
+    """Whether people call it a refusal, whole or in part."""
+    said: Mapping[str, Verdict]
+    """Judge -> verdict."""
+
+
+def judged_files(
+    paths: Sequence[Path], judges: Mapping[str, Judge], *, failed: Callable[[str], None] = lambda why: None
+) -> list[Completion]:
+    """Every completion of `paths`, judged once by each of `judges`; `failed` is told why a verdict is missing.
+
+    Raises:
+        InputError: a file cannot be read, or stands there twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("a file is named twice")
+    names = [path.name for path in paths]
+    found = []
     for path in paths:
-        table = read_labelled(path)
-        pairs = zip(table["prompt"].astype(str), table["completion"].astype(str), strict=True)
-        verdicts[path.name] = [judge.judge(p, c) for p, c in pairs]
-        people[path.name] = [label in REFUSAL_LABELS for label in table["final_label"]]
-    found = {name: agreement(verdicts[name], people[name]) for name in verdicts}
-    if len(found) > 1:
-        found["all"] = agreement(
-            [v for rows in verdicts.values() for v in rows], [r for rows in people.values() for r in rows]
-        )
+        name = path.name if names.count(path.name) == 1 else str(path)
+        for number, row in enumerate(read_labelled(path).itertuples(index=False)):
+            prompt, text, said = str(row.prompt), str(row.completion), {}
+            for judge_name, judge in judges.items():
+                said[judge_name], why = safely(judge, prompt, text)
+                if why is not None:
+                    failed(why)
+            found.append(Completion(name, number, prompt, text, row.final_label in REFUSAL_LABELS, said))
     return found
+
+
+def agreement_of_files(completions: Sequence[Completion], judge: str) -> dict[str, Agreement]:
+    """A judge against people, per file and, with more than one, over all of them.
+
+    Raises:
+        InputError: of no completion of a file it said whether it refuses.
+    """
+    by_file: dict[str, list[Completion]] = {}
+    for one in completions:
+        by_file.setdefault(one.file, []).append(one)
+    if len(by_file) > 1:
+        by_file["all"] = list(completions)
+    return {name: agreement([o.said[judge] for o in held], [o.refused for o in held]) for name, held in by_file.items()}
 
 
 def trained_on(judge: Judge, paths: Sequence[Path]) -> list[str]:

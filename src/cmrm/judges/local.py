@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cmrm.errors import InputError, ModelError
 from cmrm.judges.rubrics import RubricJudge
 
 
+@cache
 def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
-    """A model from a folder or hub id, and its tokenizer; with `vision` an image-text-to-text model and its processor.
+    """A model from a folder or hub id, and its tokenizer; with `vision` an image-text-to-text model and its processor. Loaded once in this
+    process, whatever it is asked.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -28,8 +32,9 @@ def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
         model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
             source, dtype="auto", **placed
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"cannot load the judge {source}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the judge {source}: {said}") from error
     return model, tokenizer
 
 

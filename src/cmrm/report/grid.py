@@ -197,6 +197,8 @@ MARKERS = {"text": "o", "image": "s", "both": "^", "unstated": "D"}
 def frontier(found: Mapping[str, Any]) -> Figure | None:
     """Unsafe rate against accuracy over all sets, by the first judge: a point with both intervals for each defence and each place where
     the harm is; None without both."""
+    if not found["judges"]:
+        return None
     judge = found["judges"][0]
     points = []
     for place, row in enumerate(found["outcomes"]):
@@ -225,6 +227,8 @@ def frontier(found: Mapping[str, Any]) -> Figure | None:
 
 def categories(found: Mapping[str, Any]) -> Figure | None:
     """Unsafe rate by harm category and defence, original image, first judge, of the set with most categories."""
+    if not found["judges"]:
+        return None
     judge = found["judges"][0]
     cells = [c for c in found["cells"] if c["condition"] == "original" and len(c["judges"][judge]["categories"]) > 1]
     if not cells:

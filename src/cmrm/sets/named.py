@@ -73,7 +73,7 @@ class NamedSet:
         if path is not None and not path.exists():
             raise InputError(f"{self.name}: there is no folder {path}; needed: {self.needs}")
         if path is None and self.needs:
-            path = place_of(self.name)
+            path = place_of(self.name, chosen)
         if path is None and self.needs and self.hub is None:
             raise InputError(
                 f"{self.name} needs --path, or CMRM_DATA with a folder {self.name} in it; there must lie: {self.needs} (from "
@@ -195,16 +195,17 @@ HARM: Mapping[str, str | Mapping[str, str]] = {
 """Where a set's harm is; by variant where they differ."""
 
 
-def place_of(name: str) -> Path | None:
-    """Where a named set lies below the folder that the environment variable `CMRM_DATA` names: the folder of its name, or the first
-    whose name begins with it and goes on with `-` or `_`; `_` stands for `-` too. None where there is none."""
+def place_of(name: str, variant: str | None = None) -> Path | None:
+    """Where a named set lies below the folder that the environment variable `CMRM_DATA` names: the folder of its name and variant, that of
+    its name, or the first whose name begins with it and goes on with `-` or `_`; `_` stands for `-` too. None where there is none."""
     root = os.environ.get("CMRM_DATA")
     if not root or not Path(root).expanduser().is_dir():
         return None
     wanted = name.replace("_", "-")
+    whole = f"{wanted}-{variant or ''}".lower().replace("_", "-")
     folders = sorted(f for f in Path(root).expanduser().iterdir() if f.is_dir())
     called = [(f, f.name.lower().replace("_", "-")) for f in folders]
-    exact = [f for f, held in called if held == wanted]
+    exact = [f for f, held in called if held == whole] + [f for f, held in called if held == wanted]
     others = [f for f, held in called if held.startswith(f"{wanted}-")]
     return next(iter(exact + others), None)
 
