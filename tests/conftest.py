@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,6 +31,24 @@ def tiny_model(*, n_layers: int = 3, width: int = 32) -> LlavaForConditionalGene
 @pytest.fixture(scope="session")
 def processor() -> LlavaProcessor:
     return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the tiny model, saved."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def no_models_left() -> Iterator[None]:
+    """Inspect's provider keeps models for the life of the process; a test starts without any."""
+    yield
+    from cmrm.evaluate import provider
+
+    provider._LOADED.clear()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from cmrm.evaluate.agreement import (
 )
 from cmrm.evaluate.statistics import alpha_of, kappa_of
 from cmrm.judges import KeywordJudge, Verdict, make_judge
-from cmrm.judges.labelled import agreement_of_files, judged_files
+from cmrm.judges.labelled import agreement_of_files, judged_files, layout_of
 
 R, C, S, U, N = Verdict.REFUSED, Verdict.COMPLIED, Verdict.SAFE, Verdict.UNSAFE, Verdict.UNSCORED
 
@@ -226,6 +226,43 @@ def test_a_judge_that_tells_no_refusals_is_not_compared_with_labels_of_refusal(t
     assert [one.said["guard"] for one in judged] == [S, S, N, S]
     with pytest.raises(InputError, match="tell safe from unsafe, which these labels do not"):
         agreement_of_files(judged, "guard")
+
+
+def test_any_csv_by_its_columns_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text('question,answer,verdict\nHow?,"Sorry, no.",1\nWhy?,Because.,0\nWho?,Sorry me.,0\n')
+    layout = layout_of("prompt=question,completion=answer,label=verdict", "1", "0")
+    judged = judged_files([path], {"keyword": KeywordJudge()}, layout=layout)
+    assert [one.refused for one in judged] == [True, False, False]
+    assert agreement_of_files(judged, "keyword")["mine.csv"].precision == 0.5
+    arguments = [
+        "--map",
+        "prompt=question,completion=answer,label=verdict",
+        "--refused",
+        "1",
+        "--complied",
+        "0",
+        "--json",
+    ]
+    done = CliRunner().invoke(app, ["judges", "agree", str(path), *arguments])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["n"] == 3
+    with pytest.raises(InputError, match=r"unknown labels \['0'\].*--refused"):
+        judged_files([path], {}, layout=layout_of("prompt=question,completion=answer,label=verdict", "1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "refused", "complied", "said"),
+    [
+        ("query=q", None, None, "'query=q' is none of prompt=COLUMN"),
+        ("prompt", None, None, "is none of prompt=COLUMN"),
+        (None, "no", None, "say both"),
+        (None, "no", "no,yes", "cannot be both"),
+    ],
+)
+def test_layouts_that_cannot_be(columns: str | None, refused: str | None, complied: str | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        layout_of(columns, refused, complied)
 
 
 def test_two_files_of_one_name_are_both_read(tmp_path: Path) -> None:

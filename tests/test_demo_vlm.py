@@ -147,3 +147,19 @@ def test_compiled_it_is_steered_alike(demo: VLM) -> None:
         bare = demo.model(**inputs, use_cache=False, logits_to_keep=1).logits
     moved = (plain - bare).float().norm()
     assert (plain - compiled).float().norm() < 0.05 * moved
+
+
+def test_the_papers_table_is_tried_on_the_demo(demo: VLM, tmp_path: Path) -> None:
+    """`cmrm reproduce paper_llava15_7b --model demo --limit N`, as README gives it."""
+    pytest.importorskip("inspect_ai", reason="evaluation needs the extra `eval`")
+    command = ["reproduce", "paper_llava15_7b", "--model", "demo", "--limit", "3", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "no figure is the publication's" in " ".join(done.output.split())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {c["defense"] for c in found["cells"]} == {
+        "none", "cmrm_dataset@paper", "cmrm_dataset@calibrated", "cmrm_sample@paper", "cmrm_sample@calibrated",
+    }  # fmt: skip
+    assert {c["condition"] for c in found["cells"]} == {"original", "blank", "noise", "caption", "query"}
+    assert all(c["done"] == c["expected"] == 3 for c in found["cells"])
+    assert found["recipe"]["targets"] == []

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +58,9 @@ from cmrm.judges import Verdict
 from cmrm.judges.endpoint import EndpointJudge
 from cmrm.models import VLM, encode
 from cmrm.sets import Loaded
-from conftest import tiny_model, tiny_processor
 
+pytestmark = pytest.mark.usefixtures("no_models_left")
 COLOURS = ("red", "green", "blue", "yellow", "black")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def no_models_left() -> Iterator[None]:
-    yield
-    provider._LOADED.clear()
 
 
 def picture(colour: str) -> Image.Image:

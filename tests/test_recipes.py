@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,9 @@ from cmrm.evaluate.run import Plan
 from cmrm.judges import Verdict, make_judge
 from cmrm.sets import Loaded
 from cmrm.sets.named import place_of
-from conftest import tiny_model, tiny_processor
 
+pytestmark = pytest.mark.usefixtures("no_models_left")
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def no_models_left() -> Iterator[None]:
-    yield
-    provider._LOADED.clear()
 
 
 def vlsafe(folder: Path, n: int = 20) -> Path:

@@ -13,6 +13,7 @@ from cmrm.cli import common as c
 if TYPE_CHECKING:
     from cmrm.evaluate.agreement import Rated
     from cmrm.evaluate.statistics import Agreement
+    from cmrm.judges.labelled import Layout
 
 app = typer.Typer(help="Judges and their agreement with people.", no_args_is_help=True)
 
@@ -40,6 +41,13 @@ def agree(
         Path | None,
         typer.Option(help="A sheet of this folder that a person has labelled (`cmrm judges sheet`); kept with it."),
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--map", help="Columns of the files: prompt=question,completion=answer,label=verdict.")
+    ] = None,
+    refused: Annotated[
+        str | None, typer.Option(help="Labels of the files that are refusals: comma list. XSTest's otherwise.")
+    ] = None,
+    complied: Annotated[str | None, typer.Option(help="Labels of the files that are none, likewise.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: files, a line each; a folder, one document.")
     ] = False,
@@ -55,12 +63,16 @@ def agree(
     if wanted == []:
         raise InputError("--judge names no judge")
     if len(replies) == 1 and replies[0].is_dir():
+        if (columns, refused, complied) != (None, None, None):
+            raise InputError("--map, --refused and --complied go with labelled files, not with a folder")
         found = _agree_in_grid(replies[0], wanted, sheet)
         c.print_json(found) if as_json else _print_agreement(found)
         return
     if sheet is not None:
         raise InputError("--sheet goes with the folder of `cmrm evaluate` that it was drawn from")
-    _agree_on_files(replies, wanted or ["keyword"], as_json)
+    from cmrm.judges.labelled import layout_of
+
+    _agree_on_files(replies, wanted or ["keyword"], layout_of(columns, refused, complied), as_json)
 
 
 @app.command()
@@ -130,7 +142,7 @@ def _refresh(out: Path) -> None:
     write_grid_report(found, out)
 
 
-def _agree_on_files(files: list[Path], wanted: list[str], as_json: bool) -> None:
+def _agree_on_files(files: list[Path], wanted: list[str], layout: Layout, as_json: bool) -> None:
     from cmrm.evaluate.agreement import agreement_on_files
     from cmrm.judges import make_judge
     from cmrm.judges.labelled import agreement_of_files, judged_files, trained_on
@@ -145,7 +157,7 @@ def _agree_on_files(files: list[Path], wanted: list[str], as_json: bool) -> None
                 err=True,
             )
     failures: list[str] = []
-    judged = judged_files(files, made, failed=failures.append)
+    judged = judged_files(files, made, layout=layout, failed=failures.append)
     if failures:
         typer.echo(f"{len(failures)} verdicts are missing; the first: {failures[0]}", err=True)
     for name in made:

@@ -177,7 +177,8 @@ def _recipe(held: dict[str, Any]) -> Recipe:
             raise ValueError(f"a target is of {one.condition!r} under {one.defense!r}, which the recipe does not run")
     whole = {name: int(held[name]) for name in ("max_new_tokens", "batch_size", "seed") if name in held}
     return Recipe(
-        title=str(held["title"]), source=str(held["source"]), model=held["model"], sets=sets,
+        title=str(held["title"]), source=str(held["source"]), sets=sets,
+        model=None if held["model"] is None else str(held["model"]),
         conditions=_conditions(held["conditions"]), defenses=defenses,
         judges=tuple(map(str, held["judges"])), rater=held.get("rater"), settings=settings,
         dtype=str(held.get("dtype", "auto")), targets=targets, notes=tuple(map(str, held.get("notes") or ())), **whole,

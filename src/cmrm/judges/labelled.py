@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,30 +13,80 @@ from cmrm.evaluate.statistics import Agreement, agreement
 from cmrm.judges import Judge, Verdict
 from cmrm.judges.base import safely
 
-COLUMNS = ("prompt", "completion", "final_label")
-REFUSAL_LABELS = ("2_full_refusal", "3_partial_refusal")
-LABELS = ("1_full_compliance", *REFUSAL_LABELS)
+
+@dataclass(frozen=True)
+class Layout:
+    """What a labelled file's columns are called, and which of its labels say that a completion refuses."""
+
+    prompt: str = "prompt"
+    """Column of the request."""
+    completion: str = "completion"
+    """Column of the reply."""
+    label: str = "final_label"
+    """Column of people's label."""
+    refused: tuple[str, ...] = ("2_full_refusal", "3_partial_refusal")
+    """Labels of a refusal, whole or in part."""
+    complied: tuple[str, ...] = ("1_full_compliance",)
+    """Labels of a reply that does not refuse; a label that is in neither is an error."""
 
 
-def read_labelled(path: Path) -> pd.DataFrame:
-    """A CSV in XSTest's form.
+XSTEST = Layout()
+"""As XSTest publishes its completions."""
+
+
+def layout_of(columns: str | None, refused: str | None, complied: str | None) -> Layout:
+    """XSTest's layout with the columns of `prompt=...,completion=...,label=...` and the labels of two comma lists.
+
+    Raises:
+        InputError: a part of the column map is no pair, or names another column; one list of labels is given without the other, or they
+            share a label.
+    """
+    found: dict[str, str] = {}
+    for part in (columns or "").split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if part.strip() and (not equals or not column or name not in ("prompt", "completion", "label")):
+            raise InputError(f"column map: {part!r} is none of prompt=COLUMN, completion=COLUMN, label=COLUMN")
+        if part.strip():
+            found[name] = column
+    layout = Layout(**{"prompt": XSTEST.prompt, "completion": XSTEST.completion, "label": XSTEST.label} | found)
+    if refused is None and complied is None:
+        return layout
+    held = [tuple(one.strip() for one in (given or "").split(",") if one.strip()) for given in (refused, complied)]
+    if not all(held):
+        raise InputError("say both which labels are refusals (--refused) and which are not (--complied)")
+    if set(held[0]) & set(held[1]):
+        raise InputError(f"the label {(set(held[0]) & set(held[1])).pop()!r} cannot be both a refusal and none")
+    return replace(layout, refused=held[0], complied=held[1])
+
+
+def read_labelled(path: Path, layout: Layout = XSTEST) -> pd.DataFrame:
+    """A labelled CSV as text columns `prompt`, `completion`, and `refused` (bool).
 
     Raises:
         InputError: the file is missing, is no CSV, lacks a column, is empty or has an unknown label.
     """
     try:
-        table = pd.read_csv(path, keep_default_na=False)
+        table = pd.read_csv(path, keep_default_na=False, dtype=str)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from None
-    missing = [c for c in COLUMNS if c not in table.columns]
+    missing = [c for c in (layout.prompt, layout.completion, layout.label) if c not in table.columns]
     if missing:
         raise InputError(f"{path} lacks the columns {missing}; it has {list(table.columns)}")
-    unknown = sorted(set(table["final_label"]) - set(LABELS))
-    if unknown or table.empty:
-        raise InputError(f"{path} has unknown labels {unknown}" if unknown else f"{path} has no rows")
-    return table
+    unknown = sorted(set(table[layout.label]) - {*layout.refused, *layout.complied})
+    if unknown:
+        raise InputError(
+            f"{path} has unknown labels {unknown[:5]}; known are {', '.join((*layout.refused, *layout.complied))} (--refused, --complied)"
+        )
+    if table.empty:
+        raise InputError(f"{path} has no rows")
+    held = {
+        "prompt": table[layout.prompt],
+        "completion": table[layout.completion],
+        "refused": table[layout.label].isin(layout.refused),
+    }
+    return pd.DataFrame(held)
 
 
 @dataclass(frozen=True)
@@ -58,7 +108,11 @@ class Completion:
 
 
 def judged_files(
-    paths: Sequence[Path], judges: Mapping[str, Judge], *, failed: Callable[[str], None] = lambda why: None
+    paths: Sequence[Path],
+    judges: Mapping[str, Judge],
+    *,
+    layout: Layout = XSTEST,
+    failed: Callable[[str], None] = lambda why: None,
 ) -> list[Completion]:
     """Every completion of `paths`, judged once by each of `judges`; `failed` is told why a verdict is missing.
 
@@ -71,13 +125,13 @@ def judged_files(
     found = []
     for path in paths:
         name = path.name if names.count(path.name) == 1 else str(path)
-        for number, row in enumerate(read_labelled(path).itertuples(index=False)):
+        for number, row in enumerate(read_labelled(path, layout).itertuples(index=False)):
             prompt, text, said = str(row.prompt), str(row.completion), {}
             for judge_name, judge in judges.items():
                 said[judge_name], why = safely(judge, prompt, text)
                 if why is not None:
                     failed(why)
-            found.append(Completion(name, number, prompt, text, row.final_label in REFUSAL_LABELS, said))
+            found.append(Completion(name, number, prompt, text, bool(row.refused), said))
     return found
 
 
@@ -119,7 +173,7 @@ def train_regression(paths: Sequence[Path], out: Path) -> tuple[Agreement, Agree
     tables = [read_labelled(path) for path in paths]
     prompts = [str(p) for t in tables for p in t["prompt"]]
     replies = [str(c) for t in tables for c in t["completion"]]
-    people = [label in REFUSAL_LABELS for t in tables for label in t["final_label"]]
+    people = [bool(refused) for t in tables for refused in t["refused"]]
     said: dict[str, list[Verdict]] = {name: [Verdict.UNSCORED] * len(replies) for name in ("regression", "ensemble")}
     for known, held_out in GroupKFold(n_splits=5).split(replies, groups=prompts):
         fold = Regression.train([replies[k] for k in known], [people[k] for k in known])
