@@ -48,7 +48,11 @@ def layout_of(columns: str | None, refused: str | None, complied: str | None) ->
             raise InputError(f"column map: {part!r} is none of prompt=COLUMN, completion=COLUMN, label=COLUMN")
         if part.strip():
             found[name] = column
-    layout = Layout(**{"prompt": XSTEST.prompt, "completion": XSTEST.completion, "label": XSTEST.label} | found)
+    layout = Layout(
+        found.get("prompt", XSTEST.prompt),
+        found.get("completion", XSTEST.completion),
+        found.get("label", XSTEST.label),
+    )
     if refused is None and complied is None:
         return layout
     held = [tuple(one.strip() for one in (given or "").split(",") if one.strip()) for given in (refused, complied)]
