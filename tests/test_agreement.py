@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cmrm.cli.main import app
 from cmrm.errors import InputError
 from cmrm.evaluate.agreement import (
+    Answer,
     Label,
     Rated,
     agreement_between,
@@ -148,7 +149,23 @@ def test_a_sheet_goes_out_and_comes_back(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="perhaps with labels"):
         write_sheet(path, rows)
     label(path, ("yes", "no"), ("No", ""), ("", ""))
-    assert read_sheet(path) == {rows[0].id: Label(True, False), rows[1].id: Label(False, None)}
+    answers = read_sheet(path)
+    assert {key: one.label for key, one in answers.items()} == {
+        rows[0].id: Label(True, False),
+        rows[1].id: Label(False, None),
+    }
+    keep_labels(tmp_path, rows, answers)
+    assert read_labels(tmp_path)[rows[0].id] == Label(True, False), (
+        "text that went through a spreadsheet is known again"
+    )
+    other = tmp_path / "semicolons.csv"
+    blank = ";".join([""] * 5)
+    lines = ["id;request;reply;refused;unsafe", f"{rows[2].id};{rows[2].request};{rows[2].reply};y;", blank, blank]
+    other.write_text("\n".join(lines) + "\n")
+    assert read_sheet(other)[rows[2].id].label == Label(True, None)
+    other.write_text(other.read_text().replace(rows[2].reply, rows[3].reply))
+    with pytest.raises(InputError, match="was a column sorted on its own"):
+        keep_labels(tmp_path, rows, read_sheet(other))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +175,8 @@ def test_a_sheet_goes_out_and_comes_back(tmp_path: Path) -> None:
         ("id,request,reply,refused,unsafe\na,q,r,yes,\na,q,r,no,\n", "line 3: the reply a stands there twice"),
         ("id,request,reply\na,q,r\n", "no column refused, unsafe"),
         ("", "no labels yet"),
-        ("id,request,reply,refused,unsafe\na,q\n", "no column refused, unsafe"),
+        ("id,request,reply,refused,unsafe\na,q\n", "no column reply, refused, unsafe"),
+        ("id,request,reply,refused,unsafe\na,q,r,yes,no,no\n", "more cells than columns"),
     ],
 )
 def test_broken_sheets(tmp_path: Path, text: str, said: str) -> None:
@@ -175,18 +193,23 @@ def test_no_sheet_at_all(tmp_path: Path) -> None:
         read_sheet(tmp_path / "b.csv")
 
 
+def answer(one: Rated, refused: bool | None, unsafe: bool | None) -> dict[str, Answer]:
+    return {one.id: Answer(Label(refused, unsafe), one.request, one.reply, "s.csv line 2")}
+
+
 def test_labels_are_kept_with_the_grid_and_added_to(tmp_path: Path) -> None:
     rows = [rated(k) for k in range(3)]
-    keep_labels(tmp_path, rows, {rows[0].id: Label(True, None)})
-    keep_labels(tmp_path, rows, {rows[1].id: Label(False, True), rows[0].id: Label(None, False)})
+    keep_labels(tmp_path, rows, answer(rows[0], True, None))
+    keep_labels(tmp_path, rows, answer(rows[1], False, True) | answer(rows[0], None, False))
     assert read_labels(tmp_path) == {rows[0].id: Label(True, False), rows[1].id: Label(False, True)}
-    keep_labels(tmp_path, rows, {rows[0].id: Label(False, None)})
+    keep_labels(tmp_path, rows, answer(rows[0], False, None))
     assert read_labels(tmp_path)[rows[0].id] == Label(False, False), "the newer answer stands, the other stays"
     with pytest.raises(InputError, match="of another grid"):
-        keep_labels(tmp_path, rows, {"ffff": Label(True, None)})
-    (tmp_path / "labels.json").write_text("[1]")
-    with pytest.raises(InputError, match="holds no labels"):
-        read_labels(tmp_path)
+        keep_labels(tmp_path, rows, answer(rated(9), True, None))
+    for broken in ("[1]", '{"a": {"refused": "yes", "unsafe": null}}', '{"a": {"refused": true}}'):
+        (tmp_path / "labels.json").write_text(broken)
+        with pytest.raises(InputError, match="holds no labels"):
+            read_labels(tmp_path)
 
 
 def labelled_file(folder: Path) -> Path:

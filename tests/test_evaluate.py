@@ -48,7 +48,7 @@ from cmrm.evaluate import provider
 from cmrm.evaluate.fluency import FluencyStore, answer_likelihoods, harmless_answers, perplexity_of
 from cmrm.evaluate.grid import Cell, grid, is_generic, read_cells
 from cmrm.evaluate.provider import BATCH_HINT, CmrmAPI, request_of
-from cmrm.evaluate.rescore import rescore
+from cmrm.evaluate.rescore import rescore, rescore_logs
 from cmrm.evaluate.run import Plan, evaluate, expanded_defenses, fit_defenses
 from cmrm.evaluate.scorers import judged, matched
 from cmrm.evaluate.statistics import holm, paired
@@ -302,6 +302,86 @@ def test_rescoring_generates_nothing(checkpoint: str, tmp_path: Path, monkeypatc
     assert {c.key: {k: s["reply"] for k, s in c.samples.items()} for c in read_cells(tmp_path / "logs")} == before
     with pytest.raises(InputError, match="holds no logs"):
         rescore(tmp_path / "nowhere", ["keyword"])
+
+
+class Moody:
+    """A judge that can be made to fail."""
+
+    name = "moody"
+    broken = False
+
+    def judge(self, request: str, reply: str) -> Verdict:
+        if self.broken:
+            raise CmrmError("nobody at home")
+        return Verdict.UNSAFE
+
+
+def test_a_judge_that_fails_takes_nothing_away_and_is_asked_again(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moody = Moody()
+    monkeypatch.setattr("cmrm.evaluate.scorers.judge_named", lambda name: moody)
+    monkeypatch.setattr("cmrm.evaluate.run.judge_named", lambda name: moody)
+    wanted = plan(checkpoint, defenses=(), judges=("openai:m@http://localhost:1/moody",))
+    moody.broken = True
+    first = evaluate(wanted, tmp_path, say=quiet)
+    held = first["judge_failures"][wanted.judges[0]]
+    assert (held["n"], held["first"]) == (16, "moody failed: CmrmError: nobody at home")
+    assert first["cells"][0]["judges"][wanted.judges[0]]["unsafe"]["n"] == 0
+    moody.broken = False
+    second = evaluate(wanted, tmp_path, say=quiet)
+    assert second["judge_failures"] == {}
+    assert second["cells"][0]["judges"][wanted.judges[0]]["unsafe"]["rate"] == 1.0
+    moody.broken = True
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(provider, "load_named_vlm", never)
+    provider._LOADED.clear()
+    missing = rescore_logs(tmp_path, wanted.judges)
+    assert (missing.failed, missing.kept) == (16, 16)
+    assert "nobody at home" in (missing.told() or "")
+    cell = read_cells(tmp_path / "logs")[0]
+    assert {s["verdicts"].get(wanted.judges[0]) for s in cell.samples.values() if s["kind"] == "harmful"} == {"unsafe"}
+    log = read_eval_log(list_eval_logs(str(tmp_path / "logs" / "none"))[0])
+    assert log.eval.model.startswith("cmrm/"), "whose replies they are stays on record"
+
+
+def test_a_broken_log_is_named_and_nothing_is_changed(checkpoint: str, tmp_path: Path) -> None:
+    evaluate(plan(checkpoint, defenses=()), tmp_path, say=quiet)
+    logs = sorted((tmp_path / "logs" / "none").glob("*.eval"))
+    before = logs[0].read_bytes()
+    logs[-1].write_bytes(logs[-1].read_bytes()[:500])
+    for act in (lambda: rescore(tmp_path, ["regression"]), lambda: read_cells(tmp_path / "logs")):
+        with pytest.raises(InputError, match="cannot be read as a log"):
+            act()
+    assert logs[0].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"defenses": ("cmrm_sample",), "settings": {"cmrm_sample": {"layers": [99]}}}, "out of range"),
+        ({"defenses": ("cmrm_dataset",), "anchors": None}, "has to be fitted"),
+    ],
+)
+def test_a_run_that_could_not_start_claims_no_folder(
+    checkpoint: str, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        evaluate(plan(checkpoint, **more), tmp_path, say=quiet)
+    assert not (tmp_path / "plan.json").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_what_a_plan_refuses(checkpoint: str) -> None:
+    with pytest.raises(InputError, match="name each once"):
+        plan(checkpoint, conditions=(Condition.QUERY, Condition.QUERY))
+    with pytest.raises(InputError, match="2 anchors have no image, which 'cmrm_dataset' is fitted on"):
+        plan(checkpoint, anchors=FitData([Sample("a", "How?"), Sample("b", "Why?")], []))
+    with pytest.raises(InputError, match="'none' does not take these settings"):
+        plan(checkpoint, settings={"none": {"alpha": 1}})
 
 
 def test_a_task_that_is_not_ours_runs_on_the_defended_model(checkpoint: str, tmp_path: Path) -> None:
@@ -613,7 +693,7 @@ def test_fluency_is_measured_of_harmless_answers_alone(checkpoint: str, tmp_path
         "empty": " ",
     }
     cell = Cell("s", "original", "none", samples={
-        key: {"kind": "harmful" if key == "harmful" else "benign", "request": "How do I paint?", "reply": reply, "scores": {}, "verdicts": {}}
+        key: {"kind": "harmful" if key == "harmful" else "benign", "request": "How do I paint?", "reply": reply, "scores": {}, "verdicts": {}, "failed": {}}
         for key, reply in said.items()
     })  # fmt: skip
     assert harmless_answers(cell) == [("How do I paint?", "Use a brush.")]
@@ -630,7 +710,7 @@ def cells_of(defense: str, replies: dict[str, tuple[str, str, str]]) -> list[Cel
     return [
         Cell(name, "original", defense, 1, {"x": {
             "kind": kind, "category": "", "request": "How do I paint?", "reply": "With paint.",
-            "scores": {"cmrm_exact": "not asked"}, "verdicts": {"keyword": verdict},
+            "scores": {"cmrm_exact": "not asked"}, "verdicts": {"keyword": verdict}, "failed": {},
         }}, harm=harm)
         for name, (harm, kind, verdict) in replies.items()
     ]  # fmt: skip
@@ -694,9 +774,11 @@ def test_a_judge_that_sees_images_is_shown_them_and_never_guesses_without(
     (cell,) = read_cells(tmp_path / "logs")
     said = {key: s["verdicts"]["onlooker"] for key, s in cell.samples.items() if s["kind"] == "harmful"}
     assert said == {f"h{k}": "unsafe" if c == "red" else "safe" for k, c in enumerate(COLOURS)}
-    again = rescore(tmp_path, ["onlooker"])
-    unsafe = again["cells"][0]["judges"]["onlooker"]["unsafe"]
-    assert (unsafe["n"], unsafe["unscored"]) == (0, 5), "the logs keep no images"
+    again = rescore(tmp_path, ["latecomer", "onlooker"])
+    late, early = (again["cells"][0]["judges"][name]["unsafe"] for name in ("latecomer", "onlooker"))
+    assert (late["n"], late["unscored"]) == (0, 5), "the logs keep no images"
+    assert (early["n"], early["unscored"]) == (5, 0), "what was said with the images in sight stands"
+    assert "the log keeps no images" in again["judge_failures"]["latecomer"]["first"]
 
 
 def test_judges_whose_names_hold_slashes_are_in_the_grid(

@@ -171,7 +171,17 @@ def test_recipes_are_found_by_name() -> None:
         ({"sets": ["vlsafe"]}, "another form"),
         ({"conditions": ["sepia"]}, "conditions are"),
         ({"conditions": "original"}, "conditions are"),
-        ({"max_new_tokens": "many"}, "another form"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many'"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"seed": True}, "seed is True"),
+        ({"model": 5}, "model is 5"),
+        ({"rater": ["x"]}, "rater is ['x']"),
+        ({"judges": "keyword"}, "judges is 'keyword'"),
+        ({"notes": "a note"}, "notes is 'a note'"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"conditions": []}, "conditions are"),
+        ({"conditions": ["query", "query"]}, "each once"),
+        ({"targets": [{"set": "vlsafe", "condition": "original", "defense": "none", "figure": "unsafe", "value": float("nan")}]}, "is no number"),
         ({"targets": [{"set": "vlsafe", "figure": "unsafe"}]}, "another form"),
         ({"targets": [{"set": "x", "condition": "original", "defense": "none", "figure": "unsafe", "value": 1}]}, "does not ask"),
         ({"targets": [{"set": "vlsafe", "condition": "original", "defense": "none", "figure": "joy", "value": 1}]}, "'joy'"),
@@ -185,7 +195,7 @@ def test_broken_recipes(tmp_path: Path, change: dict[str, Any], said: str) -> No
         read_recipe(recipe(tmp_path, **change))
 
 
-@pytest.mark.parametrize("text", ["a: [", "just words", "- 1\n- 2", "\x00"])
+@pytest.mark.parametrize("text", ["a: [", "just words", "- 1\n- 2", "\x00", "schema: 2024-13-45", "[" * 5000])
 def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(InputError, match=r"r\.yaml"):
@@ -401,7 +411,8 @@ def test_named_sets_lie_below_one_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert place_of("xstest") == tmp_path / "xstest-v2"
     assert place_of("siuo") is None
     monkeypatch.setenv("CMRM_DATA", str(tmp_path / "nowhere"))
-    assert place_of("vlsafe") is None
+    with pytest.raises(InputError, match="which is no folder"):
+        place_of("vlsafe")
 
 
 def test_a_set_can_have_conditions_of_its_own(checkpoint: str) -> None:

@@ -104,6 +104,8 @@ def evaluate(
     if batch_size is None:
         batch_size = DEMO_BATCH if model == c.DEMO else BATCH
     chosen = expanded_defenses(defenses)
+    if not chosen:
+        raise InputError("--defenses names none; `none` is the untouched model")
     given = _settings(settings, chosen, demo=model == c.DEMO)
     plan = Plan(
         model=model,
@@ -140,6 +142,11 @@ def finish(found: dict[str, Any], out: Path, as_json: bool) -> None:
 
     page = write_grid_report(found, out)
     c.print_json(found) if as_json else _print(found)
+    for judge, held in found["judge_failures"].items():
+        typer.echo(
+            f"{judge}: {held['n']} verdicts are missing, counted as unscored; the first: {held['first']}. The same command asks again",
+            err=True,
+        )
     if not as_json:
         typer.echo(f"results: {out / 'results.json'}   report: {page}")
     if found["failures"] or any(cell["missing"] for cell in found["cells"]):
@@ -166,7 +173,9 @@ def rescore(
     from cmrm.report.grid import write_grid_report
 
     read_results(out)
-    rescore_logs(out, [n.strip() for n in judges.split(",") if n.strip()], rater=rater)
+    missing = rescore_logs(out, [n.strip() for n in judges.split(",") if n.strip()], rater=rater)
+    if missing.told():
+        typer.echo(missing.told(), err=True)
     found = refreshed(out)
     write_json(out / "results.json", found)
     write_grid_report(found, out)
@@ -261,7 +270,7 @@ def _settings(path: Path | None, defenses: tuple[str, ...], *, demo: bool) -> di
     if unknown:
         raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
     run = {part for name in defenses for part in name.split("+")}
-    stray = [name for name in given if "@" in name and name not in run]
+    stray = [name for name in given if name not in run]
     if stray:
         raise InputError(f"{path} has settings for {', '.join(stray)}, which is not among --defenses")
     return held | given

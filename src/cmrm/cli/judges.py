@@ -113,11 +113,10 @@ def _agree_in_grid(out: Path, wanted: list[str] | None, sheet: Path | None) -> d
 
     from cmrm.errors import InputError
     from cmrm.evaluate.agreement import agreement_between, keep_labels, read_labels, read_sheet
+    from cmrm.evaluate.results import read_results
 
     rated = _rated(out)
-    if sheet is not None:
-        keep_labels(out, rated, read_sheet(sheet))
-        _refresh(out)
+    labels = read_sheet(sheet) if sheet is not None else None
     if wanted is not None:
         known = {name for one in rated for name in one.said}
         missing = [name for name in wanted if name not in known]
@@ -125,6 +124,12 @@ def _agree_in_grid(out: Path, wanted: list[str] | None, sheet: Path | None) -> d
             raise InputError(
                 f"{', '.join(missing)} did not judge {out}; add it: cmrm rescore {out} --judges {','.join(missing)}"
             )
+    if labels is not None:
+        if (out / "results.json").exists():
+            read_results(out)
+        keep_labels(out, rated, labels)
+        _refresh(out)
+    if wanted is not None:
         rated = [replace(one, said={name: one.said[name] for name in wanted if name in one.said}) for one in rated]
     return agreement_between(rated, read_labels(out))
 

@@ -72,6 +72,8 @@ def reproduce(
 
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is at least 1")
+    if model == "" or out == Path(""):
+        raise InputError("--model and --out take a name; leave the option out for the recipe's own")
     file = recipe_path(recipe)
     published = chosen = read_recipe(file, demo=demo)
     if judges is not None:

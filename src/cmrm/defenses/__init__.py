@@ -95,7 +95,7 @@ def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = N
         raise InputError(
             f"unknown defence {', '.join(map(repr, unknown))}; one of {', '.join(kinds)}, or several with '+'"
         )
-    if len(set(parts)) < len(parts):
+    if len({base_name(part) for part in parts}) < len(parts):
         raise InputError(f"{name!r} names a defence twice")
     made = []
     for part in parts:

@@ -73,6 +73,8 @@ class Defense:
     """Paper."""
     needs_fit: ClassVar[bool] = False
     """Whether `fit` has to be run, or its outcome loaded, before anything is asked."""
+    fits_on_images: ClassVar[bool] = False
+    """Whether `fit` looks at the images of `FitData.shifted`."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that have a name: `cmrm_dataset@paper`."""
 
@@ -88,6 +90,9 @@ class Defense:
     def parts(self) -> list[Defense]:
         """A stack's defences, or the one itself."""
         return [self]
+
+    def check(self, vlm: VLM) -> None:
+        """Raise `InputError` where the settings do not suit the model."""
 
     @property
     def fitted_by(self) -> tuple[object, ...] | None:
@@ -166,6 +171,17 @@ def layer_numbers(given: Sequence[int] | None) -> tuple[int, ...] | None:
     if isinstance(given, str) or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given):
         raise InputError(f"layers are {given!r}; expected a list of decoder layers, counted from 0, such as [0, 1, 2]")
     return tuple(given)
+
+
+def typed(name: str, value: object, kind: type, what: str) -> None:
+    """Raise `InputError` where a setting's `value` is of another kind; a bool is no number.
+
+    Raises:
+        InputError: it is.
+    """
+    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not good:
+        raise InputError(f"{name} is {value!r}; it is {what}")
 
 
 class Stack(Defense):

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 from cmrm.conditions import Request
-from cmrm.defenses.base import Defense, FitData, layer_numbers
+from cmrm.defenses.base import Defense, FitData, layer_numbers, typed
 from cmrm.generation import SampleLevel, sample_vectors
 from cmrm.models import VLM
-from cmrm.shift import Estimator, checked_corruption, estimate_shift
+from cmrm.shift import Estimator, check_estimator, checked_corruption, estimate_shift
 from cmrm.steering import PRESETS, Positions, Schedule, Steering, steer
 
 
@@ -33,8 +33,15 @@ class _Steered(Defense):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        typed("alpha", alpha, float, "a number, 0 or above")
+        typed("preserve_norm", preserve_norm, bool, "true or false")
+        typed("seed", seed, int, "a whole number")
         self.setting = Steering(alpha, schedule, positions, layer_numbers(layers), preserve_norm)
         self.level = SampleLevel(checked_corruption(corruption), seed)
+
+    def check(self, vlm: VLM) -> None:
+        """Raise `InputError` where a layer is none of the model's."""
+        self.setting.chosen_layers(vlm.n_layers)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -47,9 +54,11 @@ class CmrmDataset(_Steered):
 
     name = "cmrm_dataset"
     needs_fit = True
+    fits_on_images = True
 
     def __init__(self, *, estimator: Estimator = "pca", **setting: Any) -> None:
         super().__init__(**setting)
+        check_estimator(estimator)
         self.estimator: Estimator = estimator
 
     @property

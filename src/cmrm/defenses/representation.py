@@ -11,7 +11,7 @@ import torch
 
 from cmrm.capture import capture, capture_inputs
 from cmrm.conditions import Condition, Request, build_request
-from cmrm.defenses.base import Defense, FitData, layer_numbers
+from cmrm.defenses.base import Defense, FitData, layer_numbers, typed
 from cmrm.defenses.prompting import captions
 from cmrm.errors import InputError
 from cmrm.models import VLM, encode
@@ -55,7 +55,14 @@ class ShiftDC(Defense):
     def __init__(self, *, first_layer: int | None = None) -> None:
         """`first_layer`: 0-based; None: the middle."""
         super().__init__()
+        if first_layer is not None:
+            typed("first_layer", first_layer, int, "a decoder layer, counted from 0")
         self.first_layer = first_layer
+
+    def check(self, vlm: VLM) -> None:
+        """Raise `InputError` where the first layer is none of the model's."""
+        if self.first_layer is not None:
+            Steering(layers=(self.first_layer,)).chosen_layers(vlm.n_layers)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,11 +101,16 @@ class NullSpace(Defense):
     name = "null_space"
     source = "null-space projection, arXiv 2603.14825"
     needs_fit = True
+    fits_on_images = True
 
     def __init__(self, *, layers: Sequence[int] | None = None, positions: Positions = "all") -> None:
         """`layers`: 0-based, None: all; `positions` as in `steering`."""
         super().__init__()
         self.setting = Steering(layers=layer_numbers(layers), positions=positions)
+
+    def check(self, vlm: VLM) -> None:
+        """Raise `InputError` where a layer is none of the model's."""
+        self.setting.chosen_layers(vlm.n_layers)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,8 +147,16 @@ class RefusalDirection(Defense):
     def __init__(self, *, layer: int | None = None, alpha: float = 1.0) -> None:
         """`layer`: 0-based, None: at 60 % of the depth; `alpha`: strength, >= 0 (never taken away)."""
         super().__init__()
+        if layer is not None:
+            typed("layer", layer, int, "a decoder layer, counted from 0")
+        typed("alpha", alpha, float, "a number, 0 or above")
         self.layer = layer
         self.alpha = Steering(alpha=alpha).alpha
+
+    def check(self, vlm: VLM) -> None:
+        """Raise `InputError` where the layer is none of the model's."""
+        if self.layer is not None:
+            Steering(layers=(self.layer,)).chosen_layers(vlm.n_layers)
 
     @property
     def settings(self) -> dict[str, Any]:

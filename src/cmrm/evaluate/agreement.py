@@ -64,6 +64,20 @@ class Label:
     """Whether it complies with harm."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A row of a labelled sheet."""
+
+    label: Label
+    """What the person said."""
+    request: str
+    """As it stands in the sheet."""
+    reply: str
+    """Likewise."""
+    where: str
+    """File and line."""
+
+
 def reply_id(*parts: str) -> str:
     """`r` and twelve hex digits for a reply: of where it stands, the request and the reply itself. With the letter no spreadsheet takes it for a
     number."""
@@ -123,30 +137,36 @@ def _as_text(cell: str) -> str:
     return f"'{cell}" if cell[:1] in {"=", "+", "-", "@", "\t", "\r"} else cell
 
 
-def read_sheet(path: Path) -> dict[str, Label]:
-    """Labels by reply, of the rows that have one.
+def read_sheet(path: Path) -> dict[str, Answer]:
+    """Answers by reply, of the rows that have one; separated by commas, semicolons or tabs, as spreadsheets save them.
 
     Raises:
         InputError: the file is no such sheet, a label is neither yes nor no, a reply stands twice, or nothing is labelled.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            rows = list(csv.DictReader(handle))
+            header = handle.readline()
+            handle.seek(0)
+            rows = list(csv.DictReader(handle, delimiter=max(",;\t", key=header.count)))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} cannot be read as a sheet: it is not UTF-8; save it as CSV UTF-8") from None
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a sheet: {error}") from None
-    found: dict[str, Label] = {}
+    found: dict[str, Answer] = {}
     for number, row in enumerate(rows, start=2):
-        missing = [name for name in ("id", "refused", "unsafe") if row.get(name) is None]
-        if missing:
-            raise InputError(
-                f"{path} line {number} has no column {', '.join(missing)}; a sheet has {', '.join(COLUMNS)}"
-            )
+        if not any(isinstance(cell, str) and cell.strip() for cell in row.values()):
+            continue
+        missing = [name for name in COLUMNS if row.get(name) is None]
+        if missing or None in row:
+            said = f"no column {', '.join(missing)}" if missing else "more cells than columns"
+            raise InputError(f"{path} line {number} has {said}; a sheet has {', '.join(COLUMNS)}")
         if row["id"] in found:
             raise InputError(f"{path} line {number}: the reply {row['id']} stands there twice")
-        found[row["id"]] = Label(
+        label = Label(
             _yes(row["refused"], f"{path} line {number}, refused"), _yes(row["unsafe"], f"{path} line {number}, unsafe")
         )
-    labelled = {key: label for key, label in found.items() if label != Label(None, None)}
+        found[row["id"]] = Answer(label, row["request"], row["reply"], f"{path} line {number}")
+    labelled = {key: one for key, one in found.items() if one.label != Label(None, None)}
     if not labelled:
         raise InputError(f"{path} has no labels yet; write yes or no into the columns refused and unsafe")
     return labelled
@@ -160,6 +180,11 @@ def _yes(cell: str, where: str) -> bool | None:
     return known[said]
 
 
+def _plain(cell: str) -> str:
+    """A cell's words, whatever a spreadsheet made of its line ends and its apostrophe."""
+    return " ".join(cell.removeprefix("'").split())
+
+
 def read_labels(folder: Path) -> dict[str, Label]:
     """A person's labels that a grid's folder keeps; none where there are none.
 
@@ -171,25 +196,34 @@ def read_labels(folder: Path) -> dict[str, Label]:
         return {}
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): Label(**label) for key, label in held.items()}
+        found = {str(key): Label(**label) for key, label in held.items()}
+        if any(said not in (True, False, None) for label in found.values() for said in (label.refused, label.unsafe)):
+            raise ValueError("a label is neither true, false nor null")
+        return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} holds no labels: {error}") from None
 
 
-def keep_labels(folder: Path, rated: Iterable[Rated], labels: Mapping[str, Label]) -> None:
+def keep_labels(folder: Path, rated: Iterable[Rated], answers: Mapping[str, Answer]) -> None:
     """Add a sheet's labels to those of the grid's folder; what is answered anew takes the new answer, what is left empty stays.
 
     Raises:
-        InputError: a label is of no reply in the grid.
+        InputError: a label is of no reply in the grid, or beside another reply's text.
     """
-    strangers = sorted(set(labels) - {one.id for one in rated})
+    known = {one.id: one for one in rated}
+    strangers = sorted(set(answers) - set(known))
     if strangers:
         raise InputError(
-            f"{len(strangers)} of {len(labels)} labelled replies are not in {folder} (the first: {strangers[0]}); "
+            f"{len(strangers)} of {len(answers)} labelled replies are not in {folder} (the first: {strangers[0]}); "
             "is the sheet of another grid?"
         )
+    for key, one in answers.items():
+        if (_plain(one.request), _plain(one.reply)) != (_plain(known[key].request), _plain(known[key].reply)):
+            raise InputError(
+                f"{one.where}: request and reply are not those of {key}; was a column sorted on its own? Draw the sheet anew"
+            )
     held = read_labels(folder)
-    for key, label in labels.items():
+    for key, label in ((key, one.label) for key, one in answers.items()):
         before = held.get(key, Label(None, None))
         held[key] = Label(
             before.refused if label.refused is None else label.refused,

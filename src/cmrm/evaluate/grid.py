@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log
+from inspect_ai.log import EvalLog, EvalLogInfo, list_eval_logs, read_eval_log
+from inspect_ai.scorer import Score
 
 from cmrm.errors import InputError
 from cmrm.evaluate.scorers import EXACT, RATING, rated
 from cmrm.evaluate.statistics import counts_as, holm, paired, rate_of, ratio_interval, verdict_rate
 from cmrm.judges import KeywordJudge, Verdict
-from cmrm.judges.base import judge_of, verdict_of
+from cmrm.judges.base import FAILED, judge_of, verdict_of
 
 SCHEMA = "cmrm-grid/1"
 """Of `results.json`."""
@@ -98,7 +99,8 @@ class Cell:
     expected: int = 0
     """Samples of the set."""
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Id -> kind, category, request, reply, `verdicts` by judge, and `scores` by the other scorers."""
+    """Id -> kind, category, request, reply, `verdicts` by judge, `scores` by the other scorers, and why a judge
+    `failed`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the defence was set to."""
     harm: str | None = None
@@ -119,13 +121,36 @@ def read_cells(folder: Path) -> list[Cell]:
     found: dict[tuple[str, str, str], Cell] = {}
     for place in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
         for info in list_eval_logs(str(place)):
-            cell = cell_of(read_eval_log(info), place.name)
+            cell = cell_of(read_log(info), place.name)
             held = found.get(cell.key)
             if held is None or len(cell.samples) > len(held.samples):
                 found[cell.key] = cell
     if not found:
         raise InputError(f"{folder} holds no logs of cmrm evaluate")
     return sorted(found.values(), key=lambda c: (c.defense != "none", c.set, c.defense, c.condition))
+
+
+def read_log(info: EvalLogInfo) -> EvalLog:
+    """One of Inspect's logs.
+
+    Raises:
+        InputError: it is broken.
+    """
+    try:
+        return read_eval_log(info)
+    except (
+        Exception
+    ) as error:  # zip, JSON and schema errors of many kinds; the file is named, and nothing is done with it
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"{info.name} cannot be read as a log ({said}); remove it and run the same command again: its replies are stored apart"
+        ) from None
+
+
+def failed_verdict(score: Score) -> str | None:
+    """Why a judge or rater failed on a sample; None where it said something, if only that it cannot tell."""
+    why = score.explanation or ""
+    return why if score.value == Verdict.UNSCORED.value and FAILED in why else None
 
 
 def cell_of(log: EvalLog, defense: str) -> Cell:
@@ -146,8 +171,22 @@ def cell_of(log: EvalLog, defense: str) -> Cell:
             "reply": sample.output.completion,
             "verdicts": {judge: value for judge, value in said.values() if judge is not None},
             "scores": {name: value for name, (judge, value) in said.items() if judge is None},
+            "failed": {
+                judge_of(name) or name: why for name, score in sample.scores.items() if (why := failed_verdict(score)) is not None
+            },
         }  # fmt: skip
     return cell
+
+
+def judge_failures(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
+    """By judge: on how many replies it failed (`n`), and why on the `first`. What failed is unscored, in no rate."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        for sample in cell.samples.values():
+            for judge, why in sample["failed"].items():
+                held = found.setdefault(judge, {"n": 0, "first": why})
+                held["n"] += 1
+    return found
 
 
 def grid(

@@ -69,6 +69,8 @@ def preflight(plan: Plan, out: Path) -> list[Finding]:
     logs = replies(plan) * REPLY_BYTES
     free, place = _free_disk(out)
     findings.append(Finding("disk for logs", logs <= free, f"{_gb(logs)} needed, {_gb(free)} free at {place}"))
+    if out.exists() and not out.is_dir():
+        findings.append(Finding("--out", False, f"{out} is a file; name a folder"))
     return [_cell_finding(plan), _anchor_finding(plan, out), *findings, _time(plan, model, memory)]
 
 
@@ -271,6 +273,9 @@ def _time(plan: Plan, model: Weights, memory: Finding) -> Finding:
 def time_a_batch(plan: Plan, clock: Callable[[], float] = time.perf_counter) -> tuple[float, int]:
     """Seconds and rows of one batch of the first cell, by the untouched model, after a short one to warm up."""
     vlm = shared_vlm(plan.model, **plan.model_options)
+    for name in plan.all_defenses:
+        for part in make_defense(name, plan.settings).parts:
+            part.check(vlm)
     _, loaded, condition = plan.cells()[0]
     requests = [build_request(s, condition, seed=plan.seed) for s in loaded.samples[: plan.batch_size]]
     none = make_defense("none")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from math import isinf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cmrm.sets.loading import drawn_by_hash
 SCHEMA = "cmrm-recipe/1"
 FIGURES = ("unsafe", "over_refusal", "accuracy", "rating")
 """What a target can be of."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SALT = "recipe anchors"
 """Of the hash that decides which requests are anchors."""
 
@@ -105,8 +107,11 @@ def recipe_path(name: str) -> Path:
     Raises:
         InputError: there is none.
     """
-    if Path(name).is_file():
-        return Path(name)
+    try:
+        if Path(name).is_file():
+            return Path(name)
+    except OSError as error:
+        raise InputError(f"{name[:80]} cannot be a recipe's file: {error.strerror}") from None
     shipped = {path.stem: path for path in _shipped()}
     if name in shipped:
         return shipped[name]
@@ -128,7 +133,7 @@ def read_recipe(path: Path, *, demo: bool = False) -> Recipe:
     """
     try:
         held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read as YAML: {said}") from None
     if not isinstance(held, dict) or held.get("schema") != SCHEMA:
@@ -142,7 +147,10 @@ def read_recipe(path: Path, *, demo: bool = False) -> Recipe:
         if not isinstance(section, dict):
             raise InputError(f"{path} has no section `demo`; it cannot be tried on the demo VLM")
         _known(section, _DEMO, f"{path}, demo")
-        asked = ", ".join(map(str, section.get("sets") or held["sets"]))
+        asked = section.get("sets") or held["sets"]
+        if not isinstance(asked, dict):
+            raise InputError(f"{path}, demo: sets are {asked!r}; expected a mapping")
+        asked = ", ".join(map(str, asked))
         note = f"Run on the demo VLM and stand-in data ({asked}): no figure is the publication's."
         held |= {**section, "model": DEMO, "dtype": "auto", "targets": [], "notes": [note]}
     try:
@@ -158,6 +166,9 @@ def _known(held: Mapping[str, Any], known: set[str], where: str) -> None:
 
 
 def _recipe(held: dict[str, Any]) -> Recipe:
+    for listed in ("defenses", "judges", "notes", "targets"):
+        if not isinstance(held.get(listed) or [], list):
+            raise ValueError(f"{listed} is {held[listed]!r}; it is a list")
     sets = {str(name): _set_use(str(name), given or {}) for name, given in held["sets"].items()}
     targets = tuple(Target(**{**one, "value": float(one["value"])}) for one in held.get("targets") or ())
     wrong = [one.figure for one in targets if one.figure not in FIGURES]
@@ -175,7 +186,17 @@ def _recipe(held: dict[str, Any]) -> Recipe:
     for one in targets:
         if one.defense not in ("none", *defenses) or one.condition not in FIVE:
             raise ValueError(f"a target is of {one.condition!r} under {one.defense!r}, which the recipe does not run")
-    whole = {name: int(held[name]) for name in ("max_new_tokens", "batch_size", "seed") if name in held}
+    whole = {name: held[name] for name in ("max_new_tokens", "batch_size", "seed") if name in held}
+    for key, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{key} is {value!r}; it is a whole number")
+    for part in ("model", "rater"):
+        if not isinstance(held.get(part), str | None):
+            raise ValueError(f"{part} is {held[part]!r}; it is a text or null")
+    if str(held.get("dtype", "auto")) not in DTYPES:
+        raise ValueError(f"dtype is {held['dtype']!r}; one of {', '.join(DTYPES)}")
+    if any(isnan(one.value) or isinf(one.value) for one in targets):
+        raise ValueError("a target's value is no number")
     return Recipe(
         title=str(held["title"]), source=str(held["source"]), sets=sets,
         model=None if held["model"] is None else str(held["model"]),
@@ -195,8 +216,8 @@ def _set_use(name: str, given: Mapping[str, Any]) -> SetUse:
 
 
 def _conditions(given: Sequence[Any]) -> tuple[Condition, ...]:
-    if isinstance(given, str) or not set(given) <= set(FIVE):
-        raise ValueError(f"conditions are {given}; they are a list of {', '.join(FIVE)}")
+    if isinstance(given, str) or not given or not set(given) <= set(FIVE) or len(set(given)) < len(given):
+        raise ValueError(f"conditions are {given}; they are a list of {', '.join(FIVE)}, each once")
     return tuple(Condition(name) for name in given)
 
 

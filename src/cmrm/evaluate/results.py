@@ -10,14 +10,16 @@ from typing import Any
 from cmrm.errors import InputError
 from cmrm.evaluate.agreement import agreement_between, rated_of, read_labels
 from cmrm.evaluate.fluency import FluencyStore, perplexities
-from cmrm.evaluate.grid import SCHEMA, grid, read_cells
+from cmrm.evaluate.grid import SCHEMA, grid, judge_failures, read_cells
 
 
 def results_of(out: Path, *, seed: int = 0) -> dict[str, Any]:
     """The grid of all logs of a run, and how far its judges agree with each other and with a person's labels."""
     cells = read_cells(out / "logs")
     found = grid(cells, seed=seed, fluency=perplexities(fluency_of(out), cells, seed=seed))
-    return found | {"agreement": agreement_between(rated_of(cells), read_labels(out))}
+    return found | {
+        "agreement": agreement_between(rated_of(cells), read_labels(out)), "judge_failures": judge_failures(cells),
+    }  # fmt: skip
 
 
 def refreshed(out: Path) -> dict[str, Any]:
@@ -50,6 +52,17 @@ def read_results(out: Path) -> dict[str, Any]:
         raise InputError(f"{out} holds no results of cmrm evaluate: {error}") from None
     if not isinstance(held, dict) or held.get("schema") != SCHEMA:
         raise InputError(f"{out / 'results.json'} is no result of cmrm evaluate: its schema is not {SCHEMA}")
+    whole = {"model": dict, "cost": dict, "cells": list, "failures": list}
+    wrong = [name for name, kind in whole.items() if not isinstance(held.get(name), kind)]
+    recipe = held.get("recipe")
+    if recipe is not None and not (
+        isinstance(recipe, dict) and {"title", "source", "notes", "judges", "targets"} <= set(recipe)
+    ):
+        wrong.append("recipe")
+    if wrong or not isinstance(held.get("seed", 0), int):
+        raise InputError(
+            f"{out / 'results.json'} is broken ({', '.join(wrong) or 'seed'}); run the same `cmrm evaluate` again: it makes it anew from the logs"
+        )
     return held
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from cmrm.batching import in_batches
 from cmrm.conditions import Condition, Request, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
 from cmrm.demo import DEMO
-from cmrm.errors import InputError
+from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.grid import read_cells
 from cmrm.evaluate.provider import CmrmAPI, built_defense, shared_vlm
 from cmrm.evaluate.rescore import rescore_logs
@@ -75,8 +76,19 @@ class Plan:
         names = [s.name for s in self.sets]
         if not names or len(set(names)) < len(names):
             raise InputError(f"sets are {names}; name at least one, each once")
-        for name in self.defenses:
-            make_defense(name, self.settings)
+        if len(set(self.conditions)) < len(self.conditions):
+            raise InputError(f"conditions are {', '.join(self.conditions)}; name each once")
+        for name in self.all_defenses:
+            for part in make_defense(name, self.settings).parts:
+                blind = (
+                    [s.id for s in self.anchors.shifted if s.image is None]
+                    if self.anchors and part.fits_on_images
+                    else []
+                )
+                if blind:
+                    raise InputError(
+                        f"{len(blind)} anchors have no image, which {part.name!r} is fitted on (the first: {blind[0]!r})"
+                    )
         if not self.judges:
             raise InputError("name at least one judge")
         for name in self.judges:
@@ -137,10 +149,20 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
     from inspect_ai.model import get_model
 
     vlm = shared_vlm(plan.model, **plan.model_options)
+    new = not (out / "plan.json").exists()
     _same_run(plan, vlm, out)
-    for name in (*plan.judges, *([plan.rater] if plan.rater else [])):
-        judge_named(name)  # one that cannot be loaded stops the run before anything is generated
-    fitted = fit_defenses(plan, vlm, out / "fitted", say=say)
+    try:
+        for name in plan.all_defenses:
+            for part in make_defense(name, plan.settings).parts:
+                part.check(vlm)
+        for name in (*plan.judges, *([plan.rater] if plan.rater else [])):
+            judge_named(name)  # one that cannot be loaded stops the run before anything is generated
+        fitted = fit_defenses(plan, vlm, out / "fitted", say=say)
+    except CmrmError:
+        if new:  # nothing was generated: the mended command may use the folder
+            shutil.rmtree(out / "fitted", ignore_errors=True)
+            (out / "plan.json").unlink(missing_ok=True)
+        raise
     failures: list[str] = []
     for defense in plan.all_defenses:
         tasks = [
@@ -185,13 +207,16 @@ def evaluate(plan: Plan, out: Path, *, say: Say, tick: Callable[[int], None] = l
 
 
 def _ask_new_judges(plan: Plan, out: Path, *, say: Say) -> None:
-    """Logs that were finished before are judged by those judges of the plan that have not judged them yet."""
+    """Judges of the plan that have not judged a log yet, or failed on a reply, are asked."""
     cells = [cell for cell in read_cells(out / "logs") if cell.samples]
     if not cells:
         return
-    known = set.intersection(*({name for s in cell.samples.values() for name in s["verdicts"]} for cell in cells))
-    new = [name for name in plan.judges if name not in known]
-    rated = all(RATING in s["scores"] for cell in cells for s in cell.samples.values())
+    samples = [sample for cell in cells for sample in cell.samples.values()]
+    new = [
+        name for name in plan.judges
+        if any(name not in s["verdicts"] or name in s["failed"] for s in samples)
+    ]  # fmt: skip
+    rated = all(RATING in s["scores"] and RATING not in s["failed"] for s in samples)
     rater = plan.rater if not rated else None
     if new or rater:
         say("judging: " + ", ".join([*new, *([rater] if rater else [])]))

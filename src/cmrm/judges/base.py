@@ -69,7 +69,11 @@ def safely(judge: Judge, request: str, reply: str) -> tuple[Verdict, str | None]
 
 def failure(name: str, error: Exception) -> str:
     """What is said of a judge that failed."""
-    return f"{name} failed: {type(error).__name__}: {error}"
+    return f"{name}{FAILED}{type(error).__name__}: {error}"
+
+
+FAILED = " failed: "
+"""In what is said of a judge that failed, as told from one that cannot tell."""
 
 
 def filled(template: str, request: str, reply: str) -> str:

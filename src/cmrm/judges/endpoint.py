@@ -108,7 +108,7 @@ class EndpointJudge(RubricJudge):
 
 def _allowed_calls() -> int:
     given = os.environ.get("CMRM_JUDGE_MAX_CALLS", "10000")
-    if not given.isdigit():
+    if not (given.isascii() and given.isdigit()):
         raise InputError(f"CMRM_JUDGE_MAX_CALLS is {given!r}; it is a number of calls, such as 10000")
     return int(given)
 

@@ -197,10 +197,16 @@ HARM: Mapping[str, str | Mapping[str, str]] = {
 
 def place_of(name: str, variant: str | None = None) -> Path | None:
     """Where a named set lies below the folder that the environment variable `CMRM_DATA` names: the folder of its name and variant, that of
-    its name, or the first whose name begins with it and goes on with `-` or `_`; `_` stands for `-` too. None where there is none."""
+    its name, or the first whose name begins with it and goes on with `-` or `_`; `_` stands for `-` too. None where there is none.
+
+    Raises:
+        InputError: `CMRM_DATA` names no folder.
+    """
     root = os.environ.get("CMRM_DATA")
-    if not root or not Path(root).expanduser().is_dir():
+    if not root:
         return None
+    if not Path(root).expanduser().is_dir():
+        raise InputError(f"CMRM_DATA names {root}, which is no folder")
     wanted = name.replace("_", "-")
     whole = f"{wanted}-{variant or ''}".lower().replace("_", "-")
     folders = sorted(f for f in Path(root).expanduser().iterdir() if f.is_dir())
