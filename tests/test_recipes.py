@@ -123,7 +123,7 @@ def test_anchors_are_drawn_by_hash_and_never_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_are_whole(path: Path) -> None:
-    assert recipe_path(path.stem) == path
+    assert recipe_path(path.stem).read_text() == path.read_text(), "the very file is in the wheel"
     paper, demo = read_recipe(path), read_recipe(path, demo=True)
     assert paper.conditions == (
         Condition.ORIGINAL,
