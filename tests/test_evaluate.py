@@ -48,7 +48,8 @@ from cmrm.evaluate import provider
 from cmrm.evaluate.fluency import FluencyStore, answer_likelihoods, harmless_answers, perplexity_of
 from cmrm.evaluate.grid import Cell, grid, is_generic, read_cells
 from cmrm.evaluate.provider import BATCH_HINT, CmrmAPI, request_of
-from cmrm.evaluate.rescore import rescore, rescore_logs
+from cmrm.evaluate.rescore import rescore_logs
+from cmrm.evaluate.results import results_of
 from cmrm.evaluate.run import Plan, evaluate, expanded_defenses, fit_defenses
 from cmrm.evaluate.scorers import judged, matched
 from cmrm.evaluate.statistics import holm, paired
@@ -85,6 +86,11 @@ def plan(checkpoint: str, **more: Any) -> Plan:
         "anchors": anchors, "max_new_tokens": 5, "batch_size": 2,
     }  # fmt: skip
     return Plan(**(held | more))
+
+
+def rescore(out: Path, judges: list[str]) -> dict[str, Any]:
+    rescore_logs(out, judges)
+    return results_of(out)
 
 
 def quiet(text: str) -> None:
@@ -287,8 +293,6 @@ def test_a_defence_that_needs_anchors_says_so(checkpoint: str, tmp_path: Path) -
 
 
 def test_rescoring_generates_nothing(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmrm.evaluate.rescore import rescore
-
     evaluate(plan(checkpoint, judges=("keyword",)), tmp_path, say=quiet)
 
     def never(*args: object, **options: object) -> None:

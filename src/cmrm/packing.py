@@ -40,6 +40,32 @@ class Continuations:
     """For each continuation its inputs by token: int64 [n] by name, `input_ids` among them."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The last prompt that was run on its own: a conversation's next turn begins with it."""
+
+    ids: torch.Tensor
+    """int64 [n], the whole prompt."""
+    cache: Any
+    """Keys and values, one row."""
+    spans: tuple[slice, ...]
+    """Where in the cache they lie, in order."""
+
+    def shared_with(self, ids: torch.Tensor) -> int:
+        """Tokens that another prompt begins with too; its last one is left to be run."""
+        shorter = min(len(ids) - 1, len(self.ids))
+        return int((ids[:shorter] == self.ids[:shorter]).int().cumprod(0).sum())
+
+    def first(self, length: int) -> Any:
+        """A cache of the first `length` tokens."""
+        taken = []
+        for span in self.spans:
+            size = min(length, span.stop - span.start)
+            taken.append(slice(span.start, span.start + size))
+            length -= size
+        return spans_of(self.cache, taken)
+
+
 def not_packable(vlm: VLM) -> str | None:
     """Why continuations of a prefix cannot share a row in this model, or None."""
     attention = {

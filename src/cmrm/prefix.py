@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from cmrm.capture import StateHooks, capture_inputs
 from cmrm.compat import cache_of, with_cache
 from cmrm.conditions import Request
 from cmrm.models import VLM, encode
-from cmrm.packing import Continuations, expanded, not_packable, packed_states, side_by_side, spans_of, window_of
+from cmrm.packing import Continuations, Kept, expanded, not_packable, packed_states, side_by_side, window_of
 
 TOLERANCE = {torch.float32: 1e-3}
 HALF_TOLERANCE = 0.05
@@ -44,32 +44,6 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Ke
 """What models raise that do not go on from a cache, or take no mask for each pair of tokens."""
 
 Encoded = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The last prompt that was run on its own: a conversation's next turn begins with it."""
-
-    ids: torch.Tensor
-    """int64 [n], the whole prompt."""
-    cache: Any
-    """Keys and values, one row."""
-    spans: tuple[slice, ...]
-    """Where in the cache they lie, in order."""
-
-    def shared_with(self, ids: torch.Tensor) -> int:
-        """Tokens that another prompt begins with too; its last one is left to be run."""
-        shorter = min(len(ids) - 1, len(self.ids))
-        return int((ids[:shorter] == self.ids[:shorter]).int().cumprod(0).sum())
-
-    def first(self, length: int) -> Any:
-        """A cache of the first `length` tokens."""
-        taken = []
-        for span in self.spans:
-            size = min(length, span.stop - span.start)
-            taken.append(slice(span.start, span.start + size))
-            length -= size
-        return spans_of(self.cache, taken)
 
 
 KEPT_TOKENS = 32

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from inspect_ai import score
 from inspect_ai.log import EvalLog, list_eval_logs, write_eval_log
@@ -13,7 +12,6 @@ from inspect_ai.scorer import Score
 
 from cmrm.errors import InputError
 from cmrm.evaluate.grid import failed_verdict, read_log
-from cmrm.evaluate.results import results_of
 from cmrm.evaluate.scorers import RATING, rating_scorer, verdict_scorer
 from cmrm.judges.base import scorer_name
 
@@ -35,12 +33,6 @@ class Missing:
             return None
         kept = f" ({self.kept} keep what was said before)" if self.kept else ""
         return f"{self.failed} verdicts are missing{kept}; the first: {self.first}"
-
-
-def rescore(out: Path, judges: Sequence[str], *, rater: str | None = None, seed: int = 0) -> dict[str, Any]:
-    """`rescore_logs`, and the grid of all logs. Raises as it does."""
-    rescore_logs(out, judges, rater=rater)
-    return results_of(out, seed=seed)
 
 
 def rescore_logs(out: Path, judges: Sequence[str], *, rater: str | None = None) -> Missing:

@@ -18,8 +18,9 @@ from cmrm.conditions import Condition, Request, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
 from cmrm.demo import DEMO
 from cmrm.errors import CmrmError, InputError
+from cmrm.evaluate.defended import built_defense
 from cmrm.evaluate.grid import read_cells
-from cmrm.evaluate.provider import CmrmAPI, built_defense, shared_vlm
+from cmrm.evaluate.provider import CmrmAPI, shared_vlm
 from cmrm.evaluate.rescore import rescore_logs
 from cmrm.evaluate.results import fluency_of, results_of
 from cmrm.evaluate.scorers import RATING, check_rater, judge_named
