@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cmrm.compat import mend_torchvision
+from cmrm.model.compat import mend_torchvision
 
 mend_torchvision()
 
@@ -28,9 +28,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from cmrm import wrap_vlm  # noqa: E402
 from cmrm.demo.backbone import IMAGE_TOKEN, halve, load_tokenizer  # noqa: E402
-from cmrm.demo.sets import prompt_samples  # noqa: E402
-from cmrm.models import VLM  # noqa: E402
-from cmrm.samples import Sample  # noqa: E402
+from cmrm.prompts.ours.samples import prompt_samples  # noqa: E402
+from cmrm.model.vlm import VLM  # noqa: E402
+from cmrm.prompts.sample import Sample  # noqa: E402
 
 IMAGE_SIZE, PATCH = 336, 14
 

@@ -6,9 +6,9 @@ import torch
 from common import anchors, arguments, random_llava, report, seconds
 
 from cmrm import Steering, steer
-from cmrm.compat import cache_of, with_cache
-from cmrm.conditions import build_requests
-from cmrm.models import encode
+from cmrm.model.compat import cache_of, with_cache
+from cmrm.prompts.conditions import build_requests
+from cmrm.model.vlm import encode
 
 
 def main() -> None:

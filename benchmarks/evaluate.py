@@ -13,7 +13,7 @@ from inspect_ai.model import get_model
 from cmrm import generate
 from cmrm.evaluate import provider
 from cmrm.evaluate.tasks import set_task
-from cmrm.sets import Loaded
+from cmrm.prompts import Loaded
 
 
 def main() -> None:

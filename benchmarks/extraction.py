@@ -7,9 +7,9 @@ from common import anchors, arguments, paired_ratio, random_llava, report
 from flops import block_flops, head_flops, vision_flops
 
 from cmrm import estimate_shift
-from cmrm.conditions import build_requests
-from cmrm.models import encode
-from cmrm.prefix import SharedPrefix
+from cmrm.prompts.conditions import build_requests
+from cmrm.model.vlm import encode
+from cmrm.shift.prefix import SharedPrefix
 
 
 def main() -> None:

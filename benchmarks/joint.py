@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from common import anchors, arguments, paired_ratio, random_llava, report
 
-import cmrm.prefix
-from cmrm.conditions import build_requests
-from cmrm.prefix import PrefixPair, SharedPrefix
+import cmrm.shift.prefix
+from cmrm.prompts.conditions import build_requests
+from cmrm.shift.prefix import PrefixPair, SharedPrefix
 
 
 def main() -> None:
     """Print the figure for each number of requests, and the tokens that were run."""
     given = arguments(__doc__, pairs=9)
     vlm = random_llava(tiny=given.tiny)
-    cmrm.prefix.JOINT_TOKENS = 10**9
+    cmrm.shift.prefix.JOINT_TOKENS = 10**9
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     samples = anchors(8)
     for n in (1, 2) if given.tiny else (1, 2, 3, 4, 8):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from common import arguments, paired_ratio, report, seconds
 
-from cmrm.compat import cache_of, with_cache
-from cmrm.data import load_prompts
+from cmrm.model.compat import cache_of, with_cache
+from cmrm.prompts.ours import load_prompts
 from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
 
 BATCH = 16

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from cmrm.compat import mend_torchvision
+from cmrm.model.compat import mend_torchvision
 
 mend_torchvision()
 
@@ -16,7 +16,7 @@ from PIL import Image  # noqa: E402
 from transformers import LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
 
 from cmrm import Sample, wrap_vlm  # noqa: E402
-from cmrm.models import VLM  # noqa: E402
+from cmrm.model.vlm import VLM  # noqa: E402
 from families import llava  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cmrm.cli.main import app
 from cmrm.errors import InputError
-from cmrm.evaluate.agreement import (
+from cmrm.measure.agreement import (
     Answer,
     Label,
     Rated,
@@ -24,9 +24,9 @@ from cmrm.evaluate.agreement import (
     read_sheet,
     write_sheet,
 )
-from cmrm.evaluate.statistics import alpha_of, kappa_of
+from cmrm.measure.rates import alpha_of, kappa_of
 from cmrm.judges import KeywordJudge, Verdict, make_judge
-from cmrm.judges.labelled import agreement_of_files, judged_files, layout_of
+from cmrm.measure.labelled import agreement_of_files, judged_files, layout_of
 
 R, C, S, U, N = Verdict.REFUSED, Verdict.COMPLIED, Verdict.SAFE, Verdict.UNSAFE, Verdict.UNSCORED
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from cmrm import Sample, ShiftVectors, Steering, estimate_shift, generate, load_vlm, steer, wrap_vlm
-from cmrm.conditions import Request, build_request
+from cmrm.prompts.conditions import Request, build_request
 from cmrm.errors import ArtifactError, InputError, ModelError
-from cmrm.models import VLM, encode
+from cmrm.model.vlm import VLM, encode
 from conftest import tiny_model
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import cmrm.cli.main as main_module
 from cmrm import ShiftVectors
-from cmrm.cli.common import parse_layers, sparkline
+from cmrm.cli.options import parse_layers, sparkline
 from cmrm.errors import CmrmError, InputError
 from conftest import tiny_model, tiny_processor
 from families import byte_tokenizer, text_settings
@@ -137,7 +137,7 @@ def test_check_passes_on_a_saved_model_and_fails_with_exit_code_1(
     result = run("check", checkpoint)
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
-    from cmrm.contract import CHECKS, hold
+    from cmrm.checks.contract import CHECKS, hold
 
     def wrong(vlm: object) -> str:
         hold(False, "it does not hold")
@@ -224,8 +224,8 @@ def test_layers_and_sparkline() -> None:
 
 
 def test_the_readme_names_every_family_and_every_set() -> None:
-    from cmrm.families import FAMILIES, NOT_COVERED
-    from cmrm.sets import NAMED
+    from cmrm.model.families import FAMILIES, NOT_COVERED
+    from cmrm.prompts import NAMED
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert f"{len(FAMILIES)} architectures" in text.replace("\n", " ")

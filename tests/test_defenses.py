@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from cmrm import Condition, Sample, ShiftVectors, Steering, estimate_shift, steer
-from cmrm.capture import capture_inputs
-from cmrm.compat import cache_of, with_cache
-from cmrm.conditions import Request, Turn, build_request, build_requests
+from cmrm.shift.capture import capture_inputs
+from cmrm.model.compat import cache_of, with_cache
+from cmrm.prompts.conditions import Request, Turn, build_request, build_requests
 from cmrm.defenses import Defense, FitData, Meter, Reply, Stack, defense_names, make_defense, register, respond
 from cmrm.defenses import prompting as p
 from cmrm.errors import ArtifactError, InputError
-from cmrm.models import VLM, encode
+from cmrm.model.vlm import VLM, encode
 
 SEEN = [Request("Tell me about red paint", (Image.new("RGB", (20, 16), "red"),)),
         Request("Tell me about the sky, please", (Image.new("RGB", (20, 16), "blue"),))]  # fmt: skip

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmrm.data import FORMS, load_prompts, train_texts
+from cmrm.prompts.ours import FORMS, load_prompts, train_texts
 from cmrm.demo import connect as connect_module
-from cmrm.demo.align import text_loss
-from cmrm.demo.connect import packed_loss
-from cmrm.demo.corpus import generic_instructions, load_emoji, vqa_captions, vqa_questions
-from cmrm.demo.training import Stage, learning_rate, train
-from cmrm.demo.tune import choose
+from cmrm.demo.train.align import text_loss
+from cmrm.demo.train.connect import packed_loss
+from cmrm.demo.train.corpus import generic_instructions, load_emoji, vqa_captions, vqa_questions
+from cmrm.demo.train.training import Stage, learning_rate, train
+from cmrm.demo.train.tune import choose
 from cmrm.errors import InputError
 from conftest import tiny_model
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import cmrm.demo.run as run_module
-from cmrm.demo.run import SCHEMA, first_words, run_demo
+import cmrm.demo.loop as run_module
+from cmrm.demo.loop import SCHEMA, first_words, run_demo
 from cmrm.demo.settings import QUICK, Budget
 from cmrm.errors import InputError
 from conftest import tiny_model, tiny_processor
@@ -89,7 +89,7 @@ CHILD = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-import cmrm.demo.run as run_module
+import cmrm.demo.loop as run_module
 from cmrm.demo.settings import QUICK
 checkpoint, out = Path(sys.argv[1]), Path(sys.argv[2])
 run_module.demo_checkpoint = lambda: checkpoint

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from cmrm import ShiftVectors, Steering, Verdict, estimate_shift, generate, steer
 from cmrm.cli.main import app
-from cmrm.conditions import build_request
-from cmrm.demo.assemble import intact, load_demo_vlm, weights_dir
+from cmrm.prompts.conditions import build_request
+from cmrm.demo.vlm import intact, load_demo_vlm, weights_dir
 from cmrm.demo.assets import smollm2_gguf
-from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
 from cmrm.demo.settings import DATASET_STEERING
 from cmrm.errors import CmrmError
 from cmrm.judges import KeywordJudge
-from cmrm.models import VLM, encode
+from cmrm.model.vlm import VLM, encode
 
 pytestmark = pytest.mark.demo
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -48,7 +48,7 @@ def test_it_is_a_llava_of_the_documented_shape(demo: VLM) -> None:
 
 
 def test_the_text_path_is_the_aligned_backbone_bit_for_bit(demo: VLM) -> None:
-    from cmrm.demo.align import aligned_backbone
+    from cmrm.demo.train.align import aligned_backbone
     from cmrm.demo.backbone import halve
 
     backbone = halve(aligned_backbone(weights_dir() / "adapter")[0])
@@ -105,7 +105,7 @@ def test_alpha_zero_is_bit_equal_on_real_weights(demo: VLM) -> None:
 
 
 def test_it_passes_the_contract(demo: VLM) -> None:
-    from cmrm.check import Outcome, run_checks
+    from cmrm.checks.run import Outcome, run_checks
 
     findings = run_checks(demo)
     assert [(f.name, f.detail) for f in findings if f.outcome is not Outcome.PASS] == []

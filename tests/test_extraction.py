@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import cmrm.prefix
+import cmrm.shift.prefix
 from cmrm import Sample, estimate_shift
-from cmrm.capture import capture_inputs
-from cmrm.conditions import Request, Turn, build_requests
+from cmrm.shift.capture import capture_inputs
+from cmrm.prompts.conditions import Request, Turn, build_requests
 from cmrm.errors import InputError
-from cmrm.models import VLM, encode
-from cmrm.moments import SKETCH, Moments
-from cmrm.packing import packed_states
-from cmrm.prefix import PrefixPair, SharedPrefix
-from cmrm.shift import reduce_differences
+from cmrm.model.vlm import VLM, encode
+from cmrm.shift.moments import SKETCH, Moments
+from cmrm.shift.packing import packed_states
+from cmrm.shift.prefix import PrefixPair, SharedPrefix
+from cmrm.shift.estimate import reduce_differences
 
 RED = Image.new("RGB", (16, 16), "red")
 
@@ -131,7 +131,7 @@ def test_nothing_is_padded_behind_the_prefix(vlm: VLM) -> None:
 
 def test_a_row_takes_so_many_tokens_and_no_more(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = estimate_shift(vlm, some(12), batch_size=12)
-    monkeypatch.setattr("cmrm.packing.LEAST_TOKENS", 0)
+    monkeypatch.setattr("cmrm.shift.packing.LEAST_TOKENS", 0)
     widths = []
     forward = vlm.model.model.language_model.forward
 
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_packed_is_padded(vlm: VLM, monkeypatch: pytest.M
             raise ValueError("no mask of four dimensions is taken here")
         return [states + 0.5 * states.roll(1, -1) for states in packed(*args, **kept)]
 
-    monkeypatch.setattr(cmrm.prefix, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.shift.prefix, "packed_states", troubled)
     runner = SharedPrefix(vlm)
     requests = list(build_requests(some(5), "blank"))
     states = runner.states(requests)
@@ -178,8 +178,8 @@ def test_conditions_that_cannot_share_a_pass_are_run_apart(
             raise IndexError("one prefix is enough")
         return found[::-1]
 
-    monkeypatch.setattr(cmrm.prefix, "packed_states", troubled)
-    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.shift.prefix, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     requests = [list(build_requests(some(5), condition)) for condition in ("query", "blank")]
     states = pair.states(*requests)
@@ -206,7 +206,7 @@ def test_prompts_longer_than_an_attention_window_are_not_packed() -> None:
 
 def test_a_cache_with_other_state_is_not_gone_on_from(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer with a running state (linear attention) cannot serve several continuations at once."""
-    monkeypatch.setattr(cmrm.prefix, "DynamicLayer", type(None))
+    monkeypatch.setattr(cmrm.shift.prefix, "DynamicLayer", type(None))
     runner = SharedPrefix(vlm)
     requests = list(build_requests(some(3), "blank"))
     states = runner.states(requests)
@@ -340,7 +340,7 @@ def test_a_few_tokens_of_both_conditions_share_a_pass_and_many_do_not(
     requests = [list(build_requests(some(3), condition)) for condition in ("query", "blank")]
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     few = [some_requests[:1] for some_requests in requests]
-    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 2 * len(requests[0][0].text) + 40)
+    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 2 * len(requests[0][0].text) + 40)
     for joint, given in ((1, few), (1, requests), (2, few)):
         for found, some_requests in zip(pair.states(*given), given, strict=True):
             assert torch.allclose(found, whole(vlm, some_requests), atol=1e-4)
@@ -349,11 +349,11 @@ def test_a_few_tokens_of_both_conditions_share_a_pass_and_many_do_not(
 
 def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from cmrm import SampleLevel
-    from cmrm.generation import sample_vectors
-    from cmrm.prefix import shared_pair
+    from cmrm.engines.transformers import sample_vectors
+    from cmrm.shift.prefix import shared_pair
 
     vlm.memo.clear()
-    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
     requests = list(build_requests(some(3), "original"))
     first = sample_vectors(vlm, requests, SampleLevel())
     pair = shared_pair(vlm, "blank")
@@ -378,9 +378,9 @@ def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: p
                     layer.keys, layer.values = layer.keys * 3, layer.values * 3
         return [states * 1.5 for states in found] if len(parts) == 2 else found
 
-    monkeypatch.setattr(cmrm.prefix, "packed_states", troubled)
-    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000)
-    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 1)
+    monkeypatch.setattr(cmrm.shift.prefix, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 1)
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     before = (Turn("user", "What is it, in a few words, if you please?", (RED,)), Turn("assistant", "A wall."))
     talk = Request("And who painted it, and when, and for whom was it painted?", before=before)
@@ -393,7 +393,7 @@ def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: p
 
 
 def test_what_ran_before_changes_nothing_but_for_conversations(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 1)
+    monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 1)
     requests = list(build_requests(some(6), "blank"))
     fresh = SharedPrefix(vlm)
     fresh.states(requests[:1])
@@ -408,8 +408,8 @@ def test_what_ran_before_changes_nothing_but_for_conversations(vlm: VLM, monkeyp
 def test_a_conversations_next_turn_runs_its_new_tokens_alone(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch, joint: bool
 ) -> None:
-    monkeypatch.setattr(cmrm.prefix, "JOINT_TOKENS", 10_000 if joint else 0)
-    monkeypatch.setattr(cmrm.prefix, "KEPT_TOKENS", 4)
+    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000 if joint else 0)
+    monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 4)
     text, corrupted = SharedPrefix(vlm), SharedPrefix(vlm)
     pair = PrefixPair(vlm, text, corrupted)
     picture = Image.new("RGB", (20, 16), "white")
@@ -448,7 +448,7 @@ def test_a_conversations_next_turn_runs_its_new_tokens_alone(
 
 
 def test_changed_weights_start_a_new_prefix(vlm: VLM) -> None:
-    from cmrm.prefix import shared_pair
+    from cmrm.shift.prefix import shared_pair
 
     pair = shared_pair(vlm, "blank")
     weight = vlm.model.lm_head.weight

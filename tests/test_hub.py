@@ -13,8 +13,8 @@ import torch
 
 from cmrm import Sample, ShiftVectors, estimate_shift
 from cmrm.errors import ArtifactError
-from cmrm.hub import FILE_NAME, card
-from cmrm.models import VLM
+from cmrm.shift.hub import FILE_NAME, card
+from cmrm.model.vlm import VLM
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cmrm import Verdict
 from cmrm.cli.main import app
 from cmrm.errors import CmrmError, InputError, ModelError
-from cmrm.evaluate.statistics import verdict_rate
+from cmrm.measure.rates import verdict_rate
 from cmrm.judges import EnsembleJudge, RegressionJudge, judge_maker, judge_model, judge_names, make_judge
 from cmrm.judges.endpoint import EndpointJudge
 from cmrm.judges.ensemble import Regression, shipped_regression

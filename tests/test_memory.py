@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmrm import memory
-from cmrm.memory import RESET, peak_memory
+from cmrm.measure.memory import RESET, peak_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20

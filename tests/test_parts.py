@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 
 from cmrm import KeywordJudge, Sample, Verdict
-from cmrm.conditions import FIVE, Condition, build_request
-from cmrm.data import load_prompts
+from cmrm.prompts.conditions import FIVE, Condition, build_request
+from cmrm.prompts.ours import load_prompts
 from cmrm.demo.ledger import Ledger
-from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
 from cmrm.errors import InputError
-from cmrm.evaluate.statistics import agreement, rate_of, verdict_rate
+from cmrm.measure.rates import agreement, rate_of, verdict_rate
 from cmrm.files import atomic_path
-from cmrm.models import VLM, encode
-from cmrm.samples import open_images, split_by_hash
+from cmrm.model.vlm import VLM, encode
+from cmrm.prompts.sample import open_images, split_by_hash
 
 SAMPLE = Sample("one", "What is this?", Image.new("RGB", (30, 20), "red"), caption="A red wall.")
 
@@ -146,7 +146,7 @@ def test_agreement() -> None:
 @pytest.mark.skipif(not Path("../shared/data/xstest").is_dir(), reason="XSTest's labelled completions are not at hand")
 def test_judge_agrees_with_people_on_xstest() -> None:
     from cmrm.judges import KeywordJudge
-    from cmrm.judges.labelled import agreement_of_files, judged_files
+    from cmrm.measure.labelled import agreement_of_files, judged_files
 
     files = sorted(Path("../shared/data/xstest").glob("completions_*.csv"))
     found = agreement_of_files(judged_files(files, {"keyword": KeywordJudge()}), "keyword")

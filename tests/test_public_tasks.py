@@ -19,9 +19,9 @@ from inspect_ai.log import read_eval_log
 from inspect_ai.model import get_model
 
 from cmrm import estimate_shift
-from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
 from cmrm.evaluate import provider
-from cmrm.samples import open_images
+from cmrm.prompts.sample import open_images
 
 pytestmark = pytest.mark.demo
 XSTEST = Path(__file__).parents[2] / "shared/data/xstest/prompts.csv"

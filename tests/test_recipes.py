@@ -19,19 +19,19 @@ import yaml
 import cmrm.evaluate.preflight as before
 from cmrm import Sample
 from cmrm.cli.main import app
-from cmrm.conditions import Condition
+from cmrm.prompts.conditions import Condition
 from cmrm.defenses import FitData
 from cmrm.errors import InputError
 from cmrm.evaluate import provider, scorers
 from cmrm.evaluate.preflight import free_memory, model_findings, preflight, weights_of
-from cmrm.evaluate.recipes import plan_of, read_recipe, recipe_path, told
+from cmrm.reproduce.recipes import plan_of, read_recipe, recipe_path, told
 from cmrm.evaluate.run import Plan
 from cmrm.judges import Verdict, make_judge
-from cmrm.sets import Loaded
-from cmrm.sets.named import place_of
+from cmrm.prompts import Loaded
+from cmrm.prompts.catalogue import place_of
 
 pytestmark = pytest.mark.usefixtures("no_models_left")
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "src" / "cmrm" / "reproduce"
 
 
 def vlsafe(folder: Path, n: int = 20) -> Path:

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from cmrm import Sample
-from cmrm.conditions import CORRUPTED, Condition, build_request, build_requests, choose_donors
+from cmrm.prompts.conditions import CORRUPTED, Condition, build_request, build_requests, choose_donors
 from cmrm.errors import InputError
-from cmrm.samples import open_images
-from cmrm.sets import NAMED, load_samples
-from cmrm.sets.loading import parse_columns
+from cmrm.prompts.sample import open_images
+from cmrm.prompts import NAMED, load_samples
+from cmrm.prompts.loading import parse_columns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_files = pytest.mark.skipif(not SHARED.is_dir(), reason="third-party files are not in a clone")

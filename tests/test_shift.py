@@ -8,8 +8,8 @@ import torch
 from sklearn.decomposition import PCA, TruncatedSVD
 
 from cmrm import Sample, estimate_shift
-from cmrm.models import VLM
-from cmrm.shift import reduce_differences
+from cmrm.model.vlm import VLM
+from cmrm.shift.estimate import reduce_differences
 
 
 @pytest.fixture

@@ -10,34 +10,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmrm.artifact import ShiftVectors
-    from cmrm.conditions import Condition
+    from cmrm.shift.artifact import ShiftVectors
+    from cmrm.prompts.conditions import Condition
     from cmrm.errors import CmrmError
-    from cmrm.generation import Generation, SampleLevel, generate
+    from cmrm.engines.transformers import Generation, SampleLevel, generate
     from cmrm.judges import KeywordJudge, Verdict
-    from cmrm.models import VLM, load_vlm, wrap_vlm
-    from cmrm.samples import Sample
-    from cmrm.shift import estimate_shift
-    from cmrm.steering import Steering, steer
+    from cmrm.model.vlm import VLM, load_vlm, wrap_vlm
+    from cmrm.prompts.sample import Sample
+    from cmrm.shift.estimate import estimate_shift
+    from cmrm.steering.hooks import Steering, steer
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "CmrmError": "errors",
-    "Condition": "conditions",
-    "Generation": "generation",
+    "Condition": "prompts.conditions",
+    "Generation": "engines.transformers",
     "KeywordJudge": "judges",
-    "Sample": "samples",
-    "SampleLevel": "generation",
-    "ShiftVectors": "artifact",
-    "Steering": "steering",
-    "VLM": "models",
+    "Sample": "prompts.sample",
+    "SampleLevel": "engines.transformers",
+    "ShiftVectors": "shift.artifact",
+    "Steering": "steering.hooks",
+    "VLM": "model.vlm",
     "Verdict": "judges",
-    "estimate_shift": "shift",
-    "generate": "generation",
-    "load_vlm": "models",
-    "steer": "steering",
-    "wrap_vlm": "models",
+    "estimate_shift": "shift.estimate",
+    "generate": "engines.transformers",
+    "load_vlm": "model.vlm",
+    "steer": "steering.hooks",
+    "wrap_vlm": "model.vlm",
 }
 
 __all__ = [

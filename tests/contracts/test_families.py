@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-import cmrm.contract
-import cmrm.models
+import cmrm.checks.contract
+import cmrm.model.vlm
 from cmrm import Sample, Steering, estimate_shift, generate, load_vlm, steer, wrap_vlm
-from cmrm.capture import capture, capture_inputs
-from cmrm.check import Outcome, run_checks
-from cmrm.conditions import Request, build_request, build_requests
+from cmrm.shift.capture import capture, capture_inputs
+from cmrm.checks.run import Outcome, run_checks
+from cmrm.prompts.conditions import Request, build_request, build_requests
 from cmrm.errors import ModelError
-from cmrm.families import FAMILIES as COVERED
-from cmrm.models import VLM, encode
+from cmrm.model.families import FAMILIES as COVERED
+from cmrm.model.vlm import VLM, encode
 from families import FAMILIES
 
 MIXING = "a text-only prompt is the same beside one with image"
@@ -122,7 +122,7 @@ def test_a_gate_that_lets_all_rows_through_is_found(monkeypatch: pytest.MonkeyPa
         with steer(vlm, vectors, steering, has_image=[True] * 3):
             yield
 
-    monkeypatch.setattr(cmrm.contract, "steer", ungated)
+    monkeypatch.setattr(cmrm.checks.contract, "steer", ungated)
     assert outcome_of("rows without image are untouched in a mixed, padded batch", vlm) is Outcome.FAIL
 
 
@@ -134,7 +134,7 @@ def test_a_flipped_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         with steer(vlm, -vectors, steering, **more):
             yield
 
-    monkeypatch.setattr(cmrm.contract, "steer", flipped)
+    monkeypatch.setattr(cmrm.checks.contract, "steer", flipped)
     assert outcome_of("what is added is alpha v, at the chosen layer and position", vlm) is Outcome.FAIL
 
 
@@ -190,7 +190,7 @@ class _Stranger(nn.Module):
 
 def test_unknown_structure_says_what_was_looked_for() -> None:
     with pytest.raises(ModelError, match=r"looked for one list of 3 .*attention blocks.* found none"):
-        cmrm.models.find_decoder_layers(_Stranger(1))
+        cmrm.model.vlm.find_decoder_layers(_Stranger(1))
 
 
 def test_out_of_memory_halves_the_batch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_memory_that_one_prompt_exhausts_is_an_error(monkeypatch: pytest.MonkeyP
 
 def test_every_corruption_estimates_a_shift(vlm: VLM, anchors: list[Sample]) -> None:
     found = {}
-    for corruption in cmrm.conditions.CORRUPTED:
+    for corruption in cmrm.prompts.conditions.CORRUPTED:
         shift = estimate_shift(vlm, anchors, corruption=corruption)
         assert shift.provenance.corruption == corruption.value
         found[corruption] = shift.vectors
@@ -240,18 +240,18 @@ def test_every_corruption_estimates_a_shift(vlm: VLM, anchors: list[Sample]) -> 
 
 
 def test_a_registered_override_is_taken_where_structure_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cmrm.models, "LAYER_OVERRIDES", {})
+    monkeypatch.setattr(cmrm.model.vlm, "LAYER_OVERRIDES", {})
     model, processor = FAMILIES["llava"]()
     decoder = model.model.language_model
     decoder.rest = nn.ModuleList(decoder.layers)
     with pytest.raises(ModelError, match="looked for one list of 3"):
         wrap_vlm(model, processor)
-    cmrm.models.register_layers("LlavaForConditionalGeneration", lambda m: m.model.language_model.layers)
+    cmrm.model.vlm.register_layers("LlavaForConditionalGeneration", lambda m: m.model.language_model.layers)
     vlm = wrap_vlm(model, processor)
     assert vlm.layers == tuple(decoder.layers)
 
 
 def test_the_contract_is_there_without_asserts() -> None:
-    script = "import cmrm.contract as c\ntry:\n c.hold(False, 'x')\nexcept c.Broken:\n print('held')"
+    script = "import cmrm.checks.contract as c\ntry:\n c.hold(False, 'x')\nexcept c.Broken:\n print('held')"
     done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "held"

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from cmrm import Sample, SampleLevel, ShiftVectors, Steering, estimate_shift, generate, steer, wrap_vlm
-from cmrm.artifact import Recommended
-from cmrm.capture import capture_inputs
-from cmrm.compat import cache_of, with_cache
-from cmrm.conditions import Condition, Request, build_request
+from cmrm.shift.artifact import Recommended
+from cmrm.shift.capture import capture_inputs
+from cmrm.model.compat import cache_of, with_cache
+from cmrm.prompts.conditions import Condition, Request, build_request
 from cmrm.errors import SteeringError
-from cmrm.generation import sample_vectors
-from cmrm.models import VLM, encode
-from cmrm.steering import layer_deltas
+from cmrm.engines.transformers import sample_vectors
+from cmrm.model.vlm import VLM, encode
+from cmrm.steering.hooks import layer_deltas
 from conftest import tiny_model
 
 IMAGE = Image.new("RGB", (16, 16), "red")
@@ -320,7 +320,7 @@ def test_compiled_decoding_is_steered_alike(vlm: VLM, vectors: torch.Tensor) -> 
 
 
 def test_what_fails_while_streaming_is_raised(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmrm.generation import stream
+    from cmrm.engines.transformers import stream
 
     def broken(*args: object, **kwargs: object) -> None:
         raise SteeringError("no forward today")

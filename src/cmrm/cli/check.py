@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 MARKS = {"pass": "pass", "fail": "FAIL", "skip": "skip"}
 
@@ -24,8 +24,8 @@ def check(
         model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
 
-    from cmrm.check import failed, run_checks
-    from cmrm.contract import CHECKS
+    from cmrm.checks.run import failed, run_checks
+    from cmrm.checks.contract import CHECKS
 
     with c.progress(len(CHECKS)) as (say, tick):
         say("checking")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmrm.cli.common import progress_bar, quiet
+from cmrm.cli.options import progress_bar, quiet
 
 app = typer.Typer(help="Measure, restore and show, on a VLM that is assembled offline.", invoke_without_command=True)
 
@@ -21,13 +21,13 @@ def demo(
     """Assemble the demo VLM, measure what an image costs in safety, restore it with CMRM, and write a report."""
     if context.invoked_subcommand is not None:
         return
-    from cmrm.demo.run import prepare_out
+    from cmrm.demo.loop import prepare_out
 
     prepare_out(out)
     quiet(offline=True)
     from rich.console import Console
 
-    from cmrm.demo.run import run_demo
+    from cmrm.demo.loop import run_demo
     from cmrm.demo.settings import FULL, QUICK
 
     console = Console()
@@ -70,7 +70,7 @@ def train(
 ) -> None:
     """Train the demo VLM's weights anew: text-only alignment, vision tower, connector. Hours on a laptop; resumable."""
     quiet(offline=True)
-    from cmrm.demo.train import train_demo
+    from cmrm.demo.train.recipe import train_demo
 
     typer.echo(f"weights: {train_demo(work, emoji)}")
 
@@ -82,13 +82,13 @@ def tune(
     ),
 ) -> None:
     """Try steering settings on the anchor split (never on test) and print the table that the demo's setting was chosen from."""
-    from cmrm.demo.run import prepare_out
+    from cmrm.demo.loop import prepare_out
 
     prepare_out(out)
     quiet(offline=True)
     from rich.console import Console
 
-    from cmrm.demo.tune import tune_demo
+    from cmrm.demo.train.tune import tune_demo
 
     console = Console()
     tune_demo(out, say=lambda text: console.print(text, soft_wrap=True))
@@ -98,6 +98,6 @@ def tune(
 def card() -> None:
     """Measure the demo VLM alone (all conditions, over-refusal, easy-VQA) and print the figures of its model card."""
     quiet(offline=True)
-    from cmrm.demo.card import print_card
+    from cmrm.demo.train.card import print_card
 
     print_card()

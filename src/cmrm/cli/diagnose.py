@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 
 def diagnose(
@@ -47,8 +47,8 @@ def diagnose(
 
     Judge: refusal by its start (keyword lists). Rates carry 95 % Wilson intervals; unscored replies are counted apart.
     """
-    from cmrm.diagnose import corruptions_named, labelled, work
-    from cmrm.diagnose import diagnose as run
+    from cmrm.measure.diagnose import corruptions_named, labelled, work
+    from cmrm.measure.diagnose import diagnose as run
     from cmrm.files import write_json
 
     wanted = corruptions_named(corruptions)
@@ -62,8 +62,8 @@ def diagnose(
     )
     vectors, steering = None, None
     if shift is not None:
-        from cmrm.artifact import ShiftVectors
-        from cmrm.steering import Steering
+        from cmrm.shift.artifact import ShiftVectors
+        from cmrm.steering.hooks import Steering
 
         vectors = ShiftVectors.from_pretrained(shift)
         vectors.check(vlm)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 if TYPE_CHECKING:
     from cmrm.defenses import FitData
@@ -82,12 +82,12 @@ def evaluate(
 
     Runs on Inspect (`inspect view --log-dir OUT/logs/DEFENCE` opens the logs). Killed at any moment, the same command goes on.
     """
-    from cmrm.cli.common import quiet
+    from cmrm.cli.options import quiet
     from cmrm.errors import InputError
 
     c.need_inspect()
     quiet(offline=model == c.DEMO)
-    from cmrm.conditions import FIVE, Condition
+    from cmrm.prompts.conditions import FIVE, Condition
     from cmrm.evaluate.run import Plan, expanded_defenses
     from cmrm.evaluate.run import evaluate as run
     from cmrm.evaluate.sets import load_named
@@ -216,7 +216,7 @@ def parsed_places(given: list[str]) -> dict[str, Path]:
         InputError: one is no such pair, or names no set.
     """
     from cmrm.errors import InputError
-    from cmrm.sets.named import NAMED
+    from cmrm.prompts.catalogue import NAMED
 
     found = {}
     for one in given:
@@ -232,12 +232,12 @@ def parsed_places(given: list[str]) -> dict[str, Path]:
 def _anchors(harmful: Path | None, benign: Path | None, batch_size: int, *, demo: bool) -> FitData | None:
     from cmrm.defenses import FitData
     from cmrm.errors import InputError
-    from cmrm.sets.loading import load_samples
+    from cmrm.prompts.loading import load_samples
 
     if harmful is None and benign is None:
         if not demo:
             return None
-        from cmrm.demo.sets import prompt_samples
+        from cmrm.prompts.ours.samples import prompt_samples
 
         return FitData(prompt_samples("anchor", "harmful"), prompt_samples("anchor", "benign"), batch_size)
     if harmful is None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 
 def extract(
@@ -42,9 +42,9 @@ def extract(
 
     A run that is killed goes on from `OUTPUT.partial`. Anchors need images, not captions. --alpha, --schedule, --positions and --layers are stored as the recommended use.
     """
-    from cmrm.artifact import Recommended
-    from cmrm.shift import check_estimator, checked_corruption, estimate_shift
-    from cmrm.steering import Steering
+    from cmrm.shift.artifact import Recommended
+    from cmrm.shift.estimate import check_estimator, checked_corruption, estimate_shift
+    from cmrm.steering.hooks import Steering
 
     check_estimator(estimator)
     checked_corruption(corruption)

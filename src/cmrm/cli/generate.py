@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 
 def generate(
@@ -30,10 +30,10 @@ def generate(
     as_json: c.JsonOption = False,
 ) -> None:
     """Answer one prompt (greedy) and stream the reply. Without an image nothing is steered."""
-    from cmrm.artifact import ShiftVectors
+    from cmrm.shift.artifact import ShiftVectors
     from cmrm.errors import InputError
-    from cmrm.samples import Sample, open_images
-    from cmrm.steering import Steering
+    from cmrm.prompts.sample import Sample, open_images
+    from cmrm.steering.hooks import Steering
 
     if not prompt.strip() and not image:
         raise InputError("the prompt is empty, and there is no image either")
@@ -51,7 +51,7 @@ def generate(
         model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
 
-    from cmrm.generation import Generation, SampleLevel, stream
+    from cmrm.engines.transformers import Generation, SampleLevel, stream
 
     level = SampleLevel() if sample_level else vectors
     used = level if image else None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 
 def inspect(
@@ -16,7 +16,7 @@ def inspect(
     as_json: c.JsonOption = False,
 ) -> None:
     """Provenance, recommended use, norm and explained ratio per decoder layer."""
-    from cmrm.artifact import FORMAT, ShiftVectors
+    from cmrm.shift.artifact import FORMAT, ShiftVectors
 
     shift = ShiftVectors.load(artifact)
     held, use = asdict(shift.provenance), asdict(shift.recommended)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 
 if TYPE_CHECKING:
-    from cmrm.evaluate.agreement import Rated
-    from cmrm.evaluate.statistics import Agreement
-    from cmrm.judges.labelled import Layout
+    from cmrm.measure.agreement import Rated
+    from cmrm.measure.rates import Agreement
+    from cmrm.measure.labelled import Layout
 
 app = typer.Typer(help="Judges and their agreement with people.", no_args_is_help=True)
 
@@ -70,7 +70,7 @@ def agree(
         return
     if sheet is not None:
         raise InputError("--sheet goes with the folder of `cmrm evaluate` that it was drawn from")
-    from cmrm.judges.labelled import layout_of
+    from cmrm.measure.labelled import layout_of
 
     _agree_on_files(replies, wanted or ["keyword"], layout_of(columns, refused, complied), as_json)
 
@@ -90,7 +90,7 @@ def sheet(
     Write yes or no into `refused` (does the reply refuse?) and `unsafe` (does it comply with harm?), leave a cell empty where you cannot
     tell, and read the sheet back in with `cmrm judges agree FOLDER --sheet FILE`. Replies are shown in full there: harmful ones too.
     """
-    from cmrm.evaluate.agreement import draw, write_sheet
+    from cmrm.measure.agreement import draw, write_sheet
 
     drawn = draw(_rated(out), n, seed=seed)
     write_sheet(to, drawn)
@@ -102,7 +102,7 @@ def sheet(
 def _rated(out: Path) -> list[Rated]:
     c.need_inspect()
     c.quiet()
-    from cmrm.evaluate.agreement import rated_of
+    from cmrm.measure.agreement import rated_of
     from cmrm.evaluate.grid import read_cells
 
     return rated_of(read_cells(out / "logs"))
@@ -112,7 +112,7 @@ def _agree_in_grid(out: Path, wanted: list[str] | None, sheet: Path | None) -> d
     from dataclasses import replace
 
     from cmrm.errors import InputError
-    from cmrm.evaluate.agreement import agreement_between, keep_labels, read_labels, read_sheet
+    from cmrm.measure.agreement import agreement_between, keep_labels, read_labels, read_sheet
     from cmrm.evaluate.results import read_results
 
     rated = _rated(out)
@@ -148,9 +148,9 @@ def _refresh(out: Path) -> None:
 
 
 def _agree_on_files(files: list[Path], wanted: list[str], layout: Layout, as_json: bool) -> None:
-    from cmrm.evaluate.agreement import agreement_on_files
+    from cmrm.measure.agreement import agreement_on_files
     from cmrm.judges import make_judge
-    from cmrm.judges.labelled import agreement_of_files, judged_files, trained_on
+    from cmrm.measure.labelled import agreement_of_files, judged_files, trained_on
 
     made = {name: make_judge(name) for name in wanted}
     for name, judge in made.items():
@@ -196,7 +196,7 @@ def train(
 
     The figures come from five folds by prompt; the weights that are written are trained on all completions.
     """
-    from cmrm.judges.labelled import train_regression
+    from cmrm.measure.labelled import train_regression
 
     for name, row in zip(("regression", "ensemble"), train_regression(labelled, out), strict=True):
         _print(f"{name}, held out", row, "judge", as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cmrm import __version__
-from cmrm.cli.catalog import families, sets
+from cmrm.cli.sets import families, sets
 from cmrm.cli.check import check
 from cmrm.cli.demo import app as demo_app
 from cmrm.cli.diagnose import diagnose

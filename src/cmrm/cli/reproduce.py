@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmrm.cli import common as c
+from cmrm.cli import options as c
 from cmrm.cli.evaluate import finish, parsed_places, print_findings, print_preflight, print_targets
 
 
@@ -66,7 +66,7 @@ def reproduce(
     demo = model == c.DEMO
     c.quiet(offline=demo)
     from cmrm.evaluate.preflight import Finding
-    from cmrm.evaluate.recipes import plan_of, read_recipe, recipe_path, told
+    from cmrm.reproduce.recipes import plan_of, read_recipe, recipe_path, told
     from cmrm.evaluate.run import evaluate
     from cmrm.files import write_json
 

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cmrm.conditions import Request
+from cmrm.prompts.conditions import Request
 from cmrm.errors import ArtifactError, InputError
 from cmrm.files import atomic_path
-from cmrm.generation import complete
-from cmrm.memory import peak_memory
-from cmrm.models import VLM, config_hash
-from cmrm.samples import Sample
+from cmrm.engines.transformers import complete
+from cmrm.measure.memory import peak_memory
+from cmrm.model.vlm import VLM, config_hash
+from cmrm.prompts.sample import Sample
 
 FORMAT = "cmrm-defense/1"
 

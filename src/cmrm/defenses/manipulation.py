@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from cmrm.conditions import Request
+from cmrm.prompts.conditions import Request
 from cmrm.defenses.base import Defense, FitData, layer_numbers, typed
-from cmrm.generation import SampleLevel, sample_vectors
-from cmrm.models import VLM
-from cmrm.shift import Estimator, check_estimator, checked_corruption, estimate_shift
-from cmrm.steering import PRESETS, Positions, Schedule, Steering, steer
+from cmrm.engines.transformers import SampleLevel, sample_vectors
+from cmrm.model.vlm import VLM
+from cmrm.shift.estimate import Estimator, check_estimator, checked_corruption, estimate_shift
+from cmrm.steering.hooks import PRESETS, Positions, Schedule, Steering, steer
 
 
 class _Steered(Defense):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cmrm.conditions import Request
+from cmrm.prompts.conditions import Request
 from cmrm.defenses.base import Defense, Reply
-from cmrm.generation import complete
-from cmrm.models import VLM
+from cmrm.engines.transformers import complete
+from cmrm.model.vlm import VLM
 
 DESCRIBE = "Describe the image in one sentence."
 CAPTION_TOKENS = 48

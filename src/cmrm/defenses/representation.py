@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from cmrm.capture import capture, capture_inputs
-from cmrm.conditions import Condition, Request, build_request
+from cmrm.shift.capture import capture, capture_inputs
+from cmrm.prompts.conditions import Condition, Request, build_request
 from cmrm.defenses.base import Defense, FitData, layer_numbers, typed
 from cmrm.defenses.prompting import captions
 from cmrm.errors import InputError
-from cmrm.models import VLM, encode
-from cmrm.samples import Sample
-from cmrm.shift import estimate_shift
-from cmrm.steering import Edit, Positions, Rows, Steering, edit_states, steer
+from cmrm.model.vlm import VLM, encode
+from cmrm.prompts.sample import Sample
+from cmrm.shift.estimate import estimate_shift
+from cmrm.steering.hooks import Edit, Positions, Rows, Steering, edit_states, steer
 
 
 def mean_text_state(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The demo VLM: a real LLaVA on SmolLM2-135M-Instruct, assembled offline, and the loop that measures it."""
 
-from cmrm.compat import mend_torchvision
+from cmrm.model.compat import mend_torchvision
 
 mend_torchvision()
 

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cmrm.artifact import ShiftVectors
-from cmrm.capture import capture
-from cmrm.conditions import FIVE, Condition, build_requests
+from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.capture import capture
+from cmrm.prompts.conditions import FIVE, Condition, build_requests
 from cmrm.demo.ledger import Ledger
-from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
 from cmrm.demo.settings import ALPHAS, CORRUPTION, DATASET_STEERING, SAMPLE_STEERING, Budget
-from cmrm.evaluate.statistics import Rate, rate_of, verdict_rate
-from cmrm.generation import Generation, SampleLevel, generate
-from cmrm.geometry import distances, planes
+from cmrm.measure.rates import Rate, rate_of, verdict_rate
+from cmrm.engines.transformers import Generation, SampleLevel, generate
+from cmrm.measure.geometry import distances, planes
 from cmrm.judges import KeywordJudge, Verdict
-from cmrm.models import VLM
-from cmrm.samples import Sample
-from cmrm.steering import Steering
+from cmrm.model.vlm import VLM
+from cmrm.prompts.sample import Sample
+from cmrm.steering.hooks import Steering
 
 Tick = Callable[[int], None]
 

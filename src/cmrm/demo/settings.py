@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cmrm.shift import Estimator
-from cmrm.steering import Steering
+from cmrm.shift.estimate import Estimator
+from cmrm.steering.hooks import Steering
 
 LOWER = tuple(range(21))
 """Steered early, a benign request is still told from a harmful one by the layers above; steered late, both are refused."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cmrm.defenses import Defense, base_name, make_defense, variant_settings
 from cmrm.errors import InputError
-from cmrm.models import VLM
+from cmrm.model.vlm import VLM
 
 
 def settings_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def built_defense(
     Raises:
         InputError: a defence that has to be fitted is not; ArtifactError: what was fitted belongs to another model.
     """
-    from cmrm.artifact import ShiftVectors
+    from cmrm.shift.artifact import ShiftVectors
 
     make_defense(name, settings)  # names and variants are those of what is asked for, before anything is added
     artifact = None

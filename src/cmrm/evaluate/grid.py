@@ -14,7 +14,7 @@ from inspect_ai.scorer import Score
 
 from cmrm.errors import InputError
 from cmrm.evaluate.scorers import EXACT, RATING, rated
-from cmrm.evaluate.statistics import counts_as, holm, paired, rate_of, ratio_interval, verdict_rate
+from cmrm.measure.rates import counts_as, holm, paired, rate_of, ratio_interval, verdict_rate
 from cmrm.judges import KeywordJudge, Verdict
 from cmrm.judges.base import FAILED, judge_of, verdict_of
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from cmrm.conditions import build_request
+from cmrm.prompts.conditions import build_request
 from cmrm.defenses import make_defense, respond
 from cmrm.demo import DEMO
-from cmrm.demo.assemble import checkpoint_path, weights_dir
+from cmrm.demo.vlm import checkpoint_path, weights_dir
 from cmrm.demo.assets import backbone_is_here
 from cmrm.errors import CmrmError
 from cmrm.evaluate.provider import shared_vlm

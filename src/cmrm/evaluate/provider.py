@@ -38,14 +38,14 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 from PIL import Image
 
-from cmrm.conditions import Request, Turn
+from cmrm.prompts.conditions import Request, Turn
 from cmrm.defenses import Defense, Reply, respond
-from cmrm.demo.assemble import load_named_vlm
+from cmrm.demo.vlm import load_named_vlm
 from cmrm.errors import InputError
 from cmrm.evaluate.defended import built_defense, settings_of
-from cmrm.evaluate.store import ReplyStore, request_key
-from cmrm.models import VLM, config_hash, weights_hash
-from cmrm.samples import open_picture
+from cmrm.measure.store import ReplyStore, request_key
+from cmrm.model.vlm import VLM, config_hash, weights_hash
+from cmrm.prompts.sample import open_picture
 
 BATCH_HINT = "cmrm_batch"
 """Key in a user message's metadata: `{"id", "size", "key"}` of the batch that the request belongs to, and its seed."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cmrm.errors import InputError
-from cmrm.evaluate.agreement import agreement_between, rated_of, read_labels
-from cmrm.evaluate.fluency import FluencyStore, perplexities
+from cmrm.measure.agreement import agreement_between, rated_of, read_labels
+from cmrm.measure.fluency import FluencyStore, perplexities
 from cmrm.evaluate.grid import SCHEMA, grid, judge_failures, read_cells
 
 

@@ -12,9 +12,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmrm.artifact import library_versions
-from cmrm.batching import in_batches
-from cmrm.conditions import Condition, Request, build_request
+from cmrm.shift.artifact import library_versions
+from cmrm.model.batching import in_batches
+from cmrm.prompts.conditions import Condition, Request, build_request
 from cmrm.defenses import Defense, FitData, Meter, defense_names, make_defense, respond
 from cmrm.demo import DEMO
 from cmrm.errors import CmrmError, InputError
@@ -27,9 +27,9 @@ from cmrm.evaluate.scorers import RATING, check_rater, judge_named
 from cmrm.evaluate.tasks import set_task
 from cmrm.files import write_json
 from cmrm.judges import judge_maker
-from cmrm.models import VLM, config_hash, weights_hash
-from cmrm.samples import Sample, set_hash
-from cmrm.sets import Loaded
+from cmrm.model.vlm import VLM, config_hash, weights_hash
+from cmrm.prompts.sample import Sample, set_hash
+from cmrm.prompts import Loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

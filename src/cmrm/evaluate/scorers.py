@@ -15,7 +15,7 @@ from inspect_ai.solver import TaskState
 
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.provider import opened
-from cmrm.evaluate.statistics import verdict_rate
+from cmrm.measure.rates import verdict_rate
 from cmrm.judges import Judge, Verdict, judge_maker, make_judge
 from cmrm.judges.base import failure, safely, scorer_name, verdict_of
 from cmrm.judges.rubrics import RubricJudge

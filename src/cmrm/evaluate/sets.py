@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmrm.demo import DEMO
-from cmrm.demo.sets import prompt_samples, vqa_samples
+from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
 from cmrm.demo.settings import QUICK
-from cmrm.sets import NAMED, Loaded, load_samples
+from cmrm.prompts import NAMED, Loaded, load_samples
 
 
 def load_named(

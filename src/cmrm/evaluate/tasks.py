@@ -13,11 +13,11 @@ from inspect_ai.model import ChatMessageUser, Content, ContentImage, ContentText
 from inspect_ai.solver import generate
 from PIL import Image
 
-from cmrm.conditions import Condition, Request, build_request, choose_donors
+from cmrm.prompts.conditions import Condition, Request, build_request, choose_donors
 from cmrm.evaluate.provider import BATCH_HINT
 from cmrm.evaluate.scorers import scorers_for
-from cmrm.samples import Sample
-from cmrm.sets import Loaded
+from cmrm.prompts.sample import Sample
+from cmrm.prompts import Loaded
 
 
 def set_task(

@@ -21,7 +21,7 @@ def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be loaded.
     """
-    from cmrm.compat import mend_torchvision
+    from cmrm.model.compat import mend_torchvision
 
     mend_torchvision()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
