@@ -1,209 +1,246 @@
-"""Batched generation on a VLM, with or without steering, dataset level or sample level."""
+"""The engine on a transformers model: batches, out-of-memory halving, greedy and sampled decoding,
+streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextvars
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 
-from cmrm.shift.artifact import ShiftVectors
-from cmrm.model.batching import in_batches
-from cmrm.prompts.conditions import Condition, Request, build_request, choose_donors
+from cmrm.engines.base import Decoding, Engine, Reply
 from cmrm.errors import InputError
-from cmrm.model.vlm import VLM, encode
-from cmrm.shift.prefix import shared_pair
+from cmrm.model.batching import in_batches
+from cmrm.model.encode import encode
+from cmrm.model.identity import config_hash, identity_of
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
-from cmrm.shift.estimate import checked_corruption
-from cmrm.steering.hooks import Steering, steer
+from cmrm.shift.artifact import Artifact, Provenance, ShiftVectors, library_versions
+from cmrm.shift.capture import capture
+from cmrm.shift.estimate import SampleLevel, estimate_shift, sample_vectors
+from cmrm.shift.pair import Prefixes
+from cmrm.steering.hooks import intervene
+from cmrm.steering.intervention import Intervention
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
+    "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
+    "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+"""Asked for whatever the checkpoint's own generation settings say."""
 
 
-@dataclass(frozen=True)
-class SampleLevel:
-    """Sample-level CMRM: each row is steered by its own v = h_t - h_c, from two extra forward passes."""
+class TransformersEngine(Engine):
+    """A `VLM` that answers, in this process. It keeps the beginnings of prompts between calls
+    (`shift.prefix`)."""
 
-    corruption: Condition = Condition.BLANK
-    """What stands for the image in h_c; every corruption but `other`."""
-    seed: int = 0
-    """Seed of the noise."""
+    name = "transformers"
 
-    def __post_init__(self) -> None:
-        if checked_corruption(self.corruption) is Condition.OTHER:
-            raise InputError(
-                "the sample level has one sample at hand, none to lend it an image; choose another corruption"
-            )
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm = vlm
+        self.prefixes = Prefixes(vlm)
 
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.vlm.n_layers
 
-@dataclass(frozen=True)
-class Generation:
-    """One reply."""
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        return self.vlm.hidden_size
 
-    sample_id: str
-    """Id of the sample."""
-    condition: Condition
-    """How it was put to the model."""
-    text: str
-    """The reply, special tokens removed, white space stripped at both ends."""
-    tokens: int
-    """Generated tokens, the end-of-turn token included."""
+    @property
+    def model_id(self) -> str:
+        """Hub id or path of the model."""
+        return self.vlm.model_id
 
+    def context(self) -> dict[str, Any]:
+        """Identity with its dtypes, image processing, generation settings, versions."""
+        settings = self.vlm.model.generation_config.to_diff_dict()
+        settings.pop("transformers_version", None)
+        return {
+            "engine": self.name,
+            "identity": identity_of(self.vlm).key,
+            "dtype": str(self.vlm.model.dtype),
+            "image_processor": type(self.vlm.processor.image_processor).__name__,
+            "generation": {name: str(value) for name, value in sorted(settings.items())},
+            "versions": library_versions(),
+        }
 
-def generate(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    *,
-    condition: Condition | str = Condition.ORIGINAL,
-    shift: ShiftVectors | SampleLevel | None = None,
-    steering: Steering | None = None,
-    max_new_tokens: int = 48,
-    batch_size: int = 16,
-    seed: int = 0,
-    on_batch: Callable[[list[Generation]], None] | None = None,
-) -> list[Generation]:
-    """Greedy replies to `samples` under one condition, in the order given.
+    def answer(
+        self,
+        requests: Sequence[Request],
+        interventions: Sequence[Intervention] = (),
+        options: Decoding | None = None,
+        *,
+        batch_size: int = 16,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[Reply]:
+        """Replies to conversations, in the order given; see `Engine.answer`."""
+        options = options or Decoding()
+        for part in interventions:
+            if part.rows not in (None, len(requests)):
+                raise InputError(
+                    f"{part.rows} rows of vectors were given for {len(requests)} requests"
+                )
+        replies: dict[int, Reply] = {}
 
-    Args:
-        vlm: the model.
-        samples: what is asked.
-        condition: see `conditions`.
-        shift: None leaves the model untouched; vectors steer at dataset level; `SampleLevel()` computes each row's own.
-        steering: setting; an artifact's recommended one, or the calibrated preset, when None.
-        max_new_tokens: length limit of a reply, >= 1.
-        batch_size: prompts per batch, >= 1. Prompts are batched by length, which changes nothing but speed.
-        seed: seed of the noise condition.
-        on_batch: told the replies of each finished batch.
+        def work(places: list[int]) -> list[Reply]:
+            batch = [requests[k] for k in places]
+            steered = [part.select(places) for part in interventions] if batch[0].all_images else []
+            return self._batch(batch, steered, options)
 
-    Raises:
-        InputError: an image, caption or option cannot be used. ArtifactError: vectors of another model.
-    """
-    condition = Condition(condition)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it is at least 1")
-    donors = choose_donors(samples, seed=seed) if condition is Condition.OTHER else None
-    order = sorted(range(len(samples)), key=lambda k: len(samples[k].query))
-    replies: dict[int, Generation] = {}
+        by_length = sorted(range(len(requests)), key=lambda k: len(requests[k].text))
+        for with_image in (True, False):
+            group = [k for k in by_length if bool(requests[k].all_images) is with_image]
+            for places, batch_replies in in_batches(group, batch_size, work):
+                replies.update(zip(places, batch_replies, strict=True))
+                if on_batch is not None:
+                    on_batch(len(places))
+        return [replies[k] for k in range(len(requests))]
 
-    def work(places: list[int]) -> tuple[list[str], list[int]]:
-        chunk = [samples[k] for k in places]
-        requests = [build_request(s, condition, seed=seed, donors=donors) for s in chunk]
-        return _one_batch(vlm, chunk, requests, shift, steering, max_new_tokens)
-
-    for places, (texts, counts) in in_batches(order, batch_size, work):
-        done = [
-            Generation(samples[k].id, condition, text, count)
-            for k, text, count in zip(places, texts, counts, strict=True)
+    def _batch(
+        self,
+        requests: Sequence[Request],
+        interventions: Sequence[Intervention],
+        options: Decoding,
+        **more: Any,
+    ) -> list[Reply]:
+        vlm = self.vlm
+        vlm.check_eval()
+        steering: AbstractContextManager[Any] = nullcontext()
+        if interventions:
+            steering = intervene(vlm, *interventions)
+        with vlm.lock, torch.inference_mode():
+            inputs = encode(vlm, requests)
+            with steering:
+                out = vlm.model.generate(**inputs, **_generate_options(vlm, options), **more)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [
+            Reply(str(text).strip(), n) for text, n in zip(texts, _counts(vlm, new), strict=True)
         ]
-        replies.update(zip(places, done, strict=True))
-        if on_batch is not None:
-            on_batch(done)
-    return [replies[k] for k in range(len(samples))]
 
+    def stream(
+        self,
+        request: Request,
+        interventions: Sequence[Intervention] = (),
+        options: Decoding | None = None,
+        *,
+        cancel: Event | None = None,
+    ) -> Generator[str | Reply, None, None]:
+        """Pieces of the reply as they are generated; see `Engine.stream`."""
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-def stream(
-    vlm: VLM,
-    sample: Sample,
-    *,
-    shift: ShiftVectors | SampleLevel | None = None,
-    steering: Steering | None = None,
-    max_new_tokens: int = 256,
-) -> Iterator[str | Generation]:
-    """Greedy reply to one sample, piece by piece as it is generated; at the end the whole of it as a `Generation`.
+        options = options or Decoding(max_new_tokens=256)
+        closed = Event()
 
-    The sample is put to the model as it is: with its image where it has one. See `generate` for the arguments.
+        class Cancelled(StoppingCriteria):
+            """Ends the generation when the reader is gone."""
 
-    Raises:
-        InputError: as `generate`. Whatever the model raises while generating is raised here.
-    """
-    from transformers import TextIteratorStreamer
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+                stop = closed.is_set() or (cancel is not None and cancel.is_set())
+                return torch.full(
+                    (input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device
+                )
 
-    condition = Condition.ORIGINAL if sample.image is not None else Condition.QUERY
-    streamer = TextIteratorStreamer(vlm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failures: list[BaseException] = []
-    done: list[tuple[list[str], list[int]]] = []
+        streamer = TextIteratorStreamer(
+            self.vlm.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        failures: list[BaseException] = []
+        replies: list[Reply] = []
+        steered = list(interventions) if request.all_images else []
 
-    def work() -> None:
+        def work() -> None:
+            try:
+                replies.extend(
+                    self._batch(
+                        [request], steered, options, streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([Cancelled()]),
+                    )
+                )  # fmt: skip
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                streamer.end()
+
+        thread = Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+        thread.start()
         try:
-            requests = [build_request(sample, condition)]
-            done.append(_one_batch(vlm, [sample], requests, shift, steering, max_new_tokens, streamer=streamer))
-        except BaseException as error:
-            failures.append(error)
+            for piece in streamer:
+                if piece:
+                    yield piece
         finally:
-            streamer.end()
+            closed.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+        yield replies[0]
 
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    for piece in streamer:
-        if piece:
-            yield piece
-    thread.join()
-    if failures:
-        raise failures[0]
-    texts, counts = done[0]
-    yield Generation(sample.id, condition, texts[0], counts[0])
+    def accept(self, artifact: Artifact | ShiftVectors) -> None:
+        """Refuse an artifact of another model; see `shift.artifact.Artifact.check`."""
+        artifact.check(self.vlm)
+
+    def artifact(self, tensors: Mapping[str, torch.Tensor], estimator: str) -> Artifact:
+        """Fitted tensors of this model, float32 by name, as an artifact."""
+        vlm = self.vlm
+        made = Provenance(
+            vlm.model_id,
+            vlm.revision,
+            type(vlm.model).__name__,
+            vlm.hidden_size,
+            vlm.n_layers,
+            config_hash(vlm),
+            estimator=estimator,
+            versions=library_versions(),
+        )
+        whole = {
+            name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()
+        }
+        return Artifact(whole, made, identity=identity_of(vlm))
+
+    def states(self, requests: Sequence[Request], *, batch_size: int = 16) -> torch.Tensor:
+        """States at the last prompt token: float32 [N, L, d] on the CPU."""
+        return capture(self.vlm, requests, batch_size=batch_size)
+
+    def sample_shift(
+        self, requests: Sequence[Request], level: SampleLevel, keys: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """h_t - h_c of each request: float32 [N, L, d], zero without an image."""
+        with torch.inference_mode():
+            return sample_vectors(self.vlm, requests, level, keys=keys, prefixes=self.prefixes)
+
+    def estimate_shift(self, anchors: Sequence[Sample], **options: Any) -> ShiftVectors:
+        """Dataset-level shift; see `shift.estimate.estimate_shift` for the options."""
+        return estimate_shift(self.vlm, anchors, **options)
 
 
-def _one_batch(
-    vlm: VLM,
-    samples: list[Sample],
-    requests: list[Request],
-    shift: ShiftVectors | SampleLevel | None,
-    steering: Steering | None,
-    max_new_tokens: int,
-    streamer: Any = None,
-) -> tuple[list[str], list[int]]:
-    context: AbstractContextManager[None] = nullcontext()
-    if isinstance(shift, SampleLevel):
-        if any(r.all_images for r in requests):
-            with torch.inference_mode():
-                rows = sample_vectors(vlm, requests, shift, keys=[s.id for s in samples])
-            context = steer(vlm, rows, steering)
-    elif shift is not None:
-        context = steer(vlm, shift, steering)
-    with context:
-        return complete(vlm, requests, max_new_tokens=max_new_tokens, streamer=streamer)
+def _generate_options(vlm: VLM, options: Decoding) -> dict[str, Any]:
+    """Decoding as arguments of transformers' `generate`."""
+    arguments = {
+        **GREEDY,
+        "max_new_tokens": options.max_new_tokens,
+        "pad_token_id": vlm.tokenizer.pad_token_id,
+    }
+    if not options.greedy:
+        arguments |= {"do_sample": True, "temperature": options.temperature}
+        for name in ("top_p", "top_k"):
+            if getattr(options, name) is not None:
+                arguments[name] = getattr(options, name)
+    return arguments
 
 
-@torch.inference_mode()
-def complete(
-    vlm: VLM, requests: Sequence[Request], *, max_new_tokens: int, streamer: Any = None, **options: Any
-) -> tuple[list[str], list[int]]:
-    """One batch of conversations: replies, and generated tokens of each. Greedy unless `options` of `generate` say otherwise.
-
-    Special tokens are removed, and white space at both ends.
-    """
-    inputs = encode(vlm, requests)
-    out = vlm.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=vlm.tokenizer.pad_token_id, streamer=streamer,
-        **({"do_sample": False} | options),
-    )  # fmt: skip
-    new = out[:, inputs["input_ids"].shape[1] :]
-    texts = [str(t).strip() for t in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+def _counts(vlm: VLM, new: torch.Tensor) -> list[int]:
+    """Generated tokens of each row of int64 [B, T], up to its first end-of-turn token."""
     ends = vlm.model.generation_config.eos_token_id
-    stops = torch.tensor(ends if isinstance(ends, list) else [ends] if ends is not None else [], device=new.device)
+    stops = torch.tensor(
+        ends if isinstance(ends, list) else [] if ends is None else [ends], device=new.device
+    )
     stopped = torch.isin(new, stops)
     counts = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, new.shape[1])
-    return texts, [int(c) for c in counts]
-
-
-def sample_vectors(
-    vlm: VLM, requests: Sequence[Request], level: SampleLevel, *, keys: Sequence[str] | None = None
-) -> torch.Tensor:
-    """Sample-level vectors of one batch: float32 [B, L, d], row i is h_t - h_c of `requests[i]`; zero without an image.
-
-    `keys` seed the corruption of each row's images (default: its text). The system prompt and a constant corrupted image are run once for all
-    calls (`prefix.shared_pair`).
-    """
-    found = torch.zeros(len(requests), vlm.n_layers, vlm.hidden_size)
-    rows = [k for k, request in enumerate(requests) if request.all_images]
-    if rows:
-        text = [requests[k].without_images() for k in rows]
-        corrupted = [
-            requests[k].corrupted(level.corruption, seed=level.seed, key=keys[k] if keys else requests[k].text)
-            for k in rows
-        ]
-        h_t, h_c = shared_pair(vlm, level.corruption.value).states(text, corrupted)
-        found[rows] = h_t - h_c
-    return found
+    return [int(count) for count in counts]

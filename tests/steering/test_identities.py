@@ -8,15 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-from cmrm import Sample, SampleLevel, ShiftVectors, Steering, estimate_shift, generate, steer, wrap_vlm
-from cmrm.shift.artifact import Recommended
-from cmrm.shift.capture import capture_inputs
-from cmrm.model.compat import cache_of, with_cache
-from cmrm.prompts.conditions import Condition, Request, build_request
+from cmrm import (
+    Sample,
+    SampleLevel,
+    ShiftVectors,
+    Steering,
+    estimate_shift,
+    generate,
+    steer,
+    wrap_vlm,
+)
 from cmrm.errors import SteeringError
-from cmrm.engines.transformers import sample_vectors
-from cmrm.model.vlm import VLM, encode
-from cmrm.steering.hooks import layer_deltas
+from cmrm.model.compat import cache_of, with_cache
+from cmrm.model.encode import encode
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Condition, Request, build_request
+from cmrm.shift.capture import capture_inputs
+from cmrm.shift.estimate import sample_vectors
+from cmrm.steering.intervention import shift_intervention
 from conftest import tiny_model
 
 IMAGE = Image.new("RGB", (16, 16), "red")
@@ -28,7 +37,9 @@ def block_outputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> list[torch.Tenso
     """Outputs of every decoder block [B, T, d], by hooks of the test's own."""
     kept: list[torch.Tensor] = []
     handles = [
-        layer.register_forward_hook(lambda m, a, o: kept.append((o[0] if isinstance(o, tuple) else o).clone()))
+        layer.register_forward_hook(
+            lambda m, a, o: kept.append((o[0] if isinstance(o, tuple) else o).clone())
+        )
         for layer in vlm.layers
     ]
     with torch.inference_mode():
@@ -42,6 +53,11 @@ def logits(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode():
         out: torch.Tensor = vlm.model(**inputs).logits
     return out
+
+
+def generated(vlm: VLM, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+    decoding = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+    return vlm.model.generate(**inputs, **{**decoding, "return_dict_in_generate": True, **options})
 
 
 @pytest.fixture
@@ -75,7 +91,9 @@ def test_right_padded_inputs_are_read_at_the_last_real_token(vlm: VLM) -> None:
     left = encode(vlm, [WITHOUT])
     right = {
         "input_ids": torch.cat([left["input_ids"], torch.zeros(1, 5, dtype=torch.long)], 1),
-        "attention_mask": torch.cat([left["attention_mask"], torch.zeros(1, 5, dtype=torch.long)], 1),
+        "attention_mask": torch.cat(
+            [left["attention_mask"], torch.zeros(1, 5, dtype=torch.long)], 1
+        ),
     }
     assert torch.allclose(capture_inputs(vlm, left), capture_inputs(vlm, right), atol=1e-5)
 
@@ -83,14 +101,29 @@ def test_right_padded_inputs_are_read_at_the_last_real_token(vlm: VLM) -> None:
 @pytest.mark.parametrize("positions", ["last", "all", "after_image", "generated"])
 @pytest.mark.parametrize("schedule", ["telescoped", "per_layer"])
 @pytest.mark.parametrize("preserve_norm", [False, True])
-def test_alpha_zero_is_the_untouched_model_bit_for_bit(
+def test_a_zero_vector_is_the_untouched_model(
     vlm: VLM, vectors: torch.Tensor, positions: str, schedule: str, preserve_norm: bool
 ) -> None:
+    """Through the whole path at alpha 1: bit for bit, and to rounding where the norm is
+    restored."""
     inputs = encode(vlm, [WITH, WITHOUT])
-    setting = Steering(0.0, schedule, positions, None, preserve_norm)  # type: ignore[arg-type]
-    with steer(vlm, vectors, setting):
-        steered = logits(vlm, inputs)
-    assert torch.equal(steered, logits(vlm, inputs))
+    plain = generated(vlm, inputs)
+    setting = Steering(1.0, schedule, positions, None, preserve_norm)  # type: ignore[arg-type]
+    with steer(vlm, torch.zeros_like(vectors), setting):
+        steered = generated(vlm, inputs)
+    assert torch.equal(steered.sequences, plain.sequences)
+    for a, b in zip(steered.logits, plain.logits, strict=True):
+        assert torch.allclose(a, b, atol=1e-4) if preserve_norm else torch.equal(a, b)
+
+
+def test_a_small_alpha_is_close_to_the_untouched_model(vlm: VLM, vectors: torch.Tensor) -> None:
+    inputs = encode(vlm, [WITH])
+    plain = logits(vlm, inputs)[0, -1]
+    with steer(vlm, vectors, Steering(1e-6)):
+        close = logits(vlm, inputs)[0, -1]
+    with steer(vlm, vectors, Steering(1.0)):
+        far = logits(vlm, inputs)[0, -1]
+    assert 0 < float((close - plain).abs().max()) < 1e-3 < float((far - plain).abs().max())
 
 
 def test_the_vector_is_added_with_its_sign(vlm: VLM, vectors: torch.Tensor) -> None:
@@ -110,10 +143,16 @@ def test_estimated_shift_points_from_corrupted_to_text(vlm: VLM, anchors: list[S
 
 @pytest.mark.parametrize(
     ("positions", "expected"),
-    [("all", lambda t, i: range(t)), ("last", lambda t, i: [t - 1]), ("after_image", lambda t, i: range(i + 1, t)),
-     ("generated", lambda t, i: [])],
-)  # fmt: skip
-def test_positions_of_the_prompt(vlm: VLM, vectors: torch.Tensor, positions: str, expected: object) -> None:
+    [
+        ("all", lambda t, i: range(t)),
+        ("last", lambda t, i: [t - 1]),
+        ("after_image", lambda t, i: range(i + 1, t)),
+        ("last_prompt", lambda t, i: [t - 1]),
+    ],
+)
+def test_positions_of_the_prompt(
+    vlm: VLM, vectors: torch.Tensor, positions: str, expected: object
+) -> None:
     inputs = encode(vlm, [WITH])
     tokens = inputs["input_ids"][0]
     last_image = int((tokens == vlm.image_token_id).nonzero().max())
@@ -124,22 +163,33 @@ def test_positions_of_the_prompt(vlm: VLM, vectors: torch.Tensor, positions: str
     assert moved == list(expected(len(tokens), last_image))  # type: ignore[operator]
 
 
+def deltas_of(vectors: torch.Tensor, steering: Steering) -> dict[int, torch.Tensor]:
+    return {
+        edit.layer: edit.strength * edit.vector
+        for edit in shift_intervention(vectors, steering).edits
+    }
+
+
 def test_telescoped_moves_layer_l_by_v_l_to_first_order(vlm: VLM, vectors: torch.Tensor) -> None:
     small = vectors * 1e-3
-    deltas = layer_deltas(small, Steering(1.0, "telescoped"))
+    deltas = deltas_of(small, Steering(1.0, "telescoped"))
     for layer in range(vlm.n_layers):
-        assert torch.allclose(torch.stack([deltas[k] for k in range(layer + 1)]).sum(0), small[layer], atol=1e-7)
-    per_layer = layer_deltas(small, Steering(1.0, "per_layer"))
+        assert torch.allclose(
+            torch.stack([deltas[k] for k in range(layer + 1)]).sum(0), small[layer], atol=1e-7
+        )
+    per_layer = deltas_of(small, Steering(1.0, "per_layer"))
     assert all(torch.equal(per_layer[k], small[k]) for k in range(vlm.n_layers))
 
 
 def test_telescoped_on_a_subset_reaches_each_chosen_vector(vectors: torch.Tensor) -> None:
-    deltas = layer_deltas(vectors, Steering(2.0, "telescoped", layers=(2, 0)))
+    deltas = deltas_of(vectors, Steering(2.0, "telescoped", layers=(2, 0)))
     assert list(deltas) == [0, 2]
     assert torch.allclose(deltas[0] + deltas[2], 2.0 * vectors[2], atol=1e-5)
 
 
-def test_rows_without_an_image_are_untouched_in_a_mixed_batch(vlm: VLM, vectors: torch.Tensor) -> None:
+def test_rows_without_an_image_are_untouched_in_a_mixed_batch(
+    vlm: VLM, vectors: torch.Tensor
+) -> None:
     inputs = encode(vlm, [WITH, WITHOUT])
     plain = logits(vlm, inputs)
     with steer(vlm, vectors, Steering(positions="all")):
@@ -155,7 +205,9 @@ def test_gating_lasts_through_generation(vlm: VLM, vectors: torch.Tensor) -> Non
         steered = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     width = inputs["input_ids"].shape[1]
     assert torch.equal(steered[1], plain[1])
-    assert steered[0, width] == plain[0, width], "the first new token comes from the prompt, which is not steered"
+    assert steered[0, width] == plain[0, width], (
+        "the first new token comes from the prompt, which is not steered"
+    )
     assert not torch.equal(steered[0], plain[0])
 
 
@@ -168,13 +220,32 @@ def test_cached_generation_equals_recomputation(vlm: VLM, vectors: torch.Tensor)
         assert torch.equal(cached, slow)
 
 
-@pytest.mark.parametrize("positions", ["last", "generated"])
-def test_generation_without_cache_is_refused_where_it_would_steer_otherwise(
+@pytest.mark.parametrize("positions", ["last", "generated", "last_prompt"])
+def test_generate_without_a_cache_steers_the_same_tokens(
     vlm: VLM, vectors: torch.Tensor, positions: str
 ) -> None:
+    inputs = encode(vlm, [WITH, WITHOUT])
+    with steer(vlm, vectors, Steering(positions=positions)):  # type: ignore[arg-type]
+        cached = generated(vlm, inputs)
+        slow = generated(vlm, inputs, use_cache=False)
+    assert torch.equal(cached.sequences, slow.sequences)
+
+
+@pytest.mark.parametrize("positions", ["last", "generated"])
+def test_a_loop_without_a_cache_is_refused_where_it_would_steer_otherwise(
+    vlm: VLM, vectors: torch.Tensor, positions: str
+) -> None:
+    inputs = encode(vlm, [WITH])
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[70]])], 1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     setting = Steering(positions=positions)  # type: ignore[arg-type]
-    with pytest.raises(SteeringError, match="KV cache"), steer(vlm, vectors, setting):
-        vlm.model.generate(**encode(vlm, [WITH]), max_new_tokens=4, do_sample=False, use_cache=False)
+    with (
+        pytest.raises(SteeringError, match="KV cache"),
+        torch.no_grad(),
+        steer(vlm, vectors, setting),
+    ):
+        vlm.model(**inputs, use_cache=False)
+        vlm.model(**longer, use_cache=False)
 
 
 def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
@@ -184,7 +255,10 @@ def test_beams_keep_their_prompts_vector(vlm: VLM) -> None:
         both = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2)
     with steer(vlm, rows[1:], Steering(positions="all")):
         alone = vlm.model.generate(
-            **encode(vlm, [Request("another one", (IMAGE,))]), max_new_tokens=4, num_beams=2, do_sample=False
+            **encode(vlm, [Request("another one", (IMAGE,))]),
+            max_new_tokens=4,
+            num_beams=2,
+            do_sample=False,
         )
     assert torch.equal(both[1, -4:], alone[0, -4:])
 
@@ -212,7 +286,7 @@ def test_exit_restores_and_so_does_an_exception(vlm: VLM, vectors: torch.Tensor)
 
 
 def test_a_hook_that_never_ran_raises(vlm: VLM, vectors: torch.Tensor) -> None:
-    with pytest.raises(SteeringError, match="never reached"), steer(vlm, vectors):
+    with pytest.raises(SteeringError, match="never reached the model"), steer(vlm, vectors):
         pass
 
 
@@ -229,11 +303,18 @@ def test_sample_level_gives_each_row_its_own_vector(vlm: VLM, anchors: list[Samp
 
 def test_sample_level_leaves_text_only_conditions_alone(vlm: VLM, anchors: list[Sample]) -> None:
     plain = generate(vlm, anchors[:2], condition=Condition.QUERY, max_new_tokens=5)
-    assert generate(vlm, anchors[:2], condition=Condition.QUERY, shift=SampleLevel(), max_new_tokens=5) == plain
+    assert (
+        generate(vlm, anchors[:2], condition=Condition.QUERY, shift=SampleLevel(), max_new_tokens=5)
+        == plain
+    )
 
 
-def test_save_and_load_are_exact_and_repeatable(vlm: VLM, anchors: list[Sample], tmp_path: object) -> None:
-    setting = Recommended(alpha=0.7, schedule="per_layer", positions="all", layers=(0, 2), preserve_norm=True)
+def test_save_and_load_are_exact_and_repeatable(
+    vlm: VLM, anchors: list[Sample], tmp_path: object
+) -> None:
+    setting = Steering(
+        alpha=0.7, schedule="per_layer", positions="all", layers=(0, 2), preserve_norm=True
+    )
     shift = estimate_shift(vlm, anchors, recommended=setting)
     again = estimate_shift(vlm, list(reversed(anchors)), recommended=setting)
     first = shift.save(f"{tmp_path}/a.safetensors")
@@ -275,8 +356,11 @@ def test_compiled_model_is_steered_alike(vlm: VLM, vectors: torch.Tensor, positi
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_generated_tokens_are_steered_whatever_the_cache_is_called(vlm: VLM, vectors: torch.Tensor, name: str) -> None:
-    """transformers 5.24 renamed the argument; either name reaches the hook as the caller wrote it."""
+def test_generated_tokens_are_steered_whatever_the_cache_is_called(
+    vlm: VLM, vectors: torch.Tensor, name: str
+) -> None:
+    """transformers 5.24 renamed the argument; either name reaches the hook as the caller wrote
+    it."""
     inputs = encode(vlm, [WITH])
     taken = {"cache": torch.zeros(1)}
     if name not in with_cache(vlm.model, taken) and name == "cache":
@@ -291,8 +375,12 @@ def test_generated_tokens_are_steered_whatever_the_cache_is_called(vlm: VLM, vec
 
 
 def test_a_cache_that_cannot_be_seen_is_an_error(vlm: VLM, vectors: torch.Tensor) -> None:
-    with pytest.raises(SteeringError, match="no key-value cache"), steer(vlm, vectors):
-        vlm.model(input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 9, dtype=torch.long), state=object())
+    with pytest.raises(SteeringError, match="no KV cache"), steer(vlm, vectors):
+        vlm.model(
+            input_ids=torch.tensor([[5]]),
+            attention_mask=torch.ones(1, 9, dtype=torch.long),
+            state=object(),
+        )
 
 
 def test_compiled_decoding_is_steered_alike(vlm: VLM, vectors: torch.Tensor) -> None:
@@ -307,7 +395,9 @@ def test_compiled_decoding_is_steered_alike(vlm: VLM, vectors: torch.Tensor) -> 
         for token in (5, 6, 7):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             ids = torch.full((2, 1), token)
-            found.append(step(input_ids=ids, attention_mask=mask, **with_cache(vlm.model, cache)).logits)
+            found.append(
+                step(input_ids=ids, attention_mask=mask, **with_cache(vlm.model, cache)).logits
+            )
         return torch.cat(found, dim=1)
 
     with torch.inference_mode(), steer(vlm, vectors):
@@ -320,7 +410,7 @@ def test_compiled_decoding_is_steered_alike(vlm: VLM, vectors: torch.Tensor) -> 
 
 
 def test_what_fails_while_streaming_is_raised(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmrm.engines.transformers import stream
+    from cmrm.engines.generation import stream
 
     def broken(*args: object, **kwargs: object) -> None:
         raise SteeringError("no forward today")

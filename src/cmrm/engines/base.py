@@ -1,0 +1,182 @@
+"""What an engine is: it answers requests under interventions, whole or piece by piece, and may read
+states."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from threading import Event
+from typing import Any
+
+import torch
+
+from cmrm.errors import CmrmError, InputError
+from cmrm.prompts.conditions import Request
+from cmrm.prompts.sample import Sample
+from cmrm.shift.artifact import Artifact, ShiftVectors
+from cmrm.shift.estimate import SampleLevel
+from cmrm.steering.intervention import Intervention
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply."""
+
+    text: str
+    """Special tokens removed, white space stripped at both ends."""
+    tokens: int
+    """Generated tokens, the end-of-turn token included."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a reply is decoded: greedily, or sampled at a temperature."""
+
+    max_new_tokens: int = 48
+    """Length limit of a reply, >= 1."""
+    temperature: float = 0.0
+    """0: greedy; above, tokens are sampled."""
+    top_p: float | None = None
+    """Share of the probability that is sampled from; with a temperature alone."""
+    top_k: int | None = None
+    """Number of tokens that are sampled from; with a temperature alone."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it is at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it is 0 or above")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the same request has the same reply."""
+        return self.temperature == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for identities and outputs."""
+        return asdict(self)
+
+
+class Engine(ABC):
+    """A model that answers requests under interventions. One caller at a time is enforced by the
+    engine."""
+
+    name: str = ""
+    """In outputs: `transformers`."""
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+
+    @property
+    @abstractmethod
+    def model_id(self) -> str:
+        """Hub id or path of the model."""
+
+    @abstractmethod
+    def context(self) -> dict[str, Any]:
+        """Everything but the request that a reply depends on: model identity, dtype, versions,
+        decoding defaults."""
+
+    @abstractmethod
+    def answer(
+        self,
+        requests: Sequence[Request],
+        interventions: Sequence[Intervention] = (),
+        options: Decoding | None = None,
+        *,
+        batch_size: int = 16,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[Reply]:
+        """Replies to conversations, in the order given.
+
+        Rows with and without images are never in one batch. A batch that exhausts the memory is
+        halved.
+
+        Args:
+            requests: conversations.
+            interventions: made in order, on rows with an image alone; those with vectors for each
+                row have as many rows as there are requests.
+            options: decoding; greedy, 48 tokens, when None.
+            batch_size: prompts per batch, >= 1.
+            on_batch: called after each batch with its number of replies.
+
+        Raises:
+            InputError: a request or an option cannot be used. SteeringError: an intervention cannot
+                be made.
+        """
+
+    @abstractmethod
+    def stream(
+        self,
+        request: Request,
+        interventions: Sequence[Intervention] = (),
+        options: Decoding | None = None,
+        *,
+        cancel: Event | None = None,
+    ) -> Generator[str | Reply, None, None]:
+        """Pieces of the reply to one conversation as they are generated; at the end the whole
+        reply.
+
+        Closing the iterator, or setting `cancel`, ends the generation: the model is untouched
+        again, and no thread is left.
+
+        Raises:
+            InputError, SteeringError: as `answer`.
+        """
+
+    def accept(self, artifact: Artifact | ShiftVectors) -> None:
+        """Refuse an artifact of another model.
+
+        Raises:
+            ArtifactError: it does not belong to this model. EngineError: this engine cannot tell.
+        """
+        raise EngineError(
+            f"the engine {self.name!r} cannot tell whether an artifact fits its model"
+        )
+
+    def artifact(self, tensors: Mapping[str, torch.Tensor], estimator: str) -> Artifact:
+        """Fitted tensors of this model, float32 by name, as an artifact.
+
+        Raises:
+            EngineError: this engine does not know its model's identity.
+        """
+        raise EngineError(f"the engine {self.name!r} does not know its model's identity")
+
+    def states(self, requests: Sequence[Request], *, batch_size: int = 16) -> torch.Tensor:
+        """States at the last prompt token: float32 [N, L, d]; `[:, l]` is the output of decoder
+        block l.
+
+        Raises:
+            EngineError: this engine cannot read states.
+        """
+        raise EngineError(f"the engine {self.name!r} cannot read states of the residual stream")
+
+    def sample_shift(
+        self, requests: Sequence[Request], level: SampleLevel, keys: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """h_t - h_c of each request: float32 [N, L, d], zero without an image.
+
+        Raises:
+            EngineError: this engine cannot read states.
+        """
+        raise EngineError(f"the engine {self.name!r} cannot read states of the residual stream")
+
+    def estimate_shift(self, anchors: Sequence[Sample], **options: Any) -> ShiftVectors:
+        """Dataset-level shift; see `shift.estimate.estimate_shift` for the options.
+
+        Raises:
+            EngineError: this engine cannot read states.
+        """
+        raise EngineError(f"the engine {self.name!r} cannot estimate a shift")
+
+
+class EngineError(CmrmError):
+    """An engine cannot do what was asked of it."""

@@ -1,0 +1,126 @@
+"""How shift vectors are applied: the one set of fields, checked once, and named presets.
+
+After decoder block l:  h <- h + alpha * delta_l  at the chosen positions of rows that contain an
+image.
+
+| schedule | delta_l | total displacement at layer l, to first order |
+|---|---|---|
+| `telescoped` | v_l - v_(previous chosen layer), the first one v_l | v_l |
+| `per_layer` | v_l, the paper's letter | sum of all v up to l |
+
+| positions | steered |
+|---|---|
+| `last` | the last prompt token of a turn and every generated token |
+| `all` | every position, prompt and generated |
+| `after_image` | every position behind the row's last image token, and every generated token |
+| `generated` | generated tokens alone |
+| `last_prompt` | the last prompt token of a turn alone |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from cmrm.errors import InputError
+
+Schedule = Literal["telescoped", "per_layer"]
+Positions = Literal["last", "all", "after_image", "generated", "last_prompt"]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How vectors are applied. Liu et al., arXiv 2410.09047, section 4; the tables are in the
+    module."""
+
+    alpha: float = 1.0
+    """Strength, >= 0; 0 leaves the model as it is."""
+    schedule: Schedule = "telescoped"
+    """What is added at each layer."""
+    positions: Positions = "last"
+    """Which tokens are steered."""
+    layers: tuple[int, ...] | None = None
+    """0-based decoder layers that are steered, in ascending order; None: all."""
+    preserve_norm: bool = False
+    """Rescale each steered state to the norm that it had before."""
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not isfinite(self.alpha) or self.alpha < 0:
+            raise InputError(
+                f"alpha is {self.alpha!r}; it is a finite number >= 0 (cmrm restores refusals, "
+                "never removes them)"
+            )
+        if self.schedule not in get_args(Schedule):
+            raise InputError(
+                f"schedule is {self.schedule!r}; one of {', '.join(get_args(Schedule))}"
+            )
+        if self.positions not in get_args(Positions):
+            raise InputError(
+                f"positions is {self.positions!r}; one of {', '.join(get_args(Positions))}"
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", layer_numbers(self.layers))
+        if not isinstance(self.preserve_norm, bool):
+            raise InputError(f"preserve_norm is {self.preserve_norm!r}; it is true or false")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Steering:
+        """A setting from a mapping of its fields; fields that are not there keep their defaults.
+
+        Raises:
+            InputError: a field is unknown or has a value that it cannot take.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(map(str, values)) - known)
+        if unknown:
+            raise InputError(
+                f"steering has no setting {', '.join(unknown)}; known are "
+                f"{', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        values = asdict(self)
+        values["layers"] = None if self.layers is None else list(self.layers)
+        return values
+
+    def chosen_layers(self, n_layers: int) -> tuple[int, ...]:
+        """Layers to steer in a model of `n_layers`, ascending.
+
+        Raises:
+            InputError: a layer is out of range.
+        """
+        chosen = tuple(range(n_layers)) if self.layers is None else self.layers
+        wrong = [layer for layer in chosen if layer >= n_layers]
+        if wrong:
+            raise InputError(
+                f"layers {wrong} are out of range: this model's decoder layers are "
+                f"0..{n_layers - 1}"
+            )
+        return chosen
+
+
+def layer_numbers(layers: Sequence[int]) -> tuple[int, ...]:
+    """Decoder layers of a setting, ascending.
+
+    Raises:
+        InputError: they are no list of whole numbers >= 0 with each layer once.
+    """
+    whole = not isinstance(layers, str) and all(
+        isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers
+    )
+    if not whole or not layers or len(set(layers)) != len(layers):
+        raise InputError(
+            f"layers are {layers!r}; expected a list of 0-based decoder layers, each once, such as "
+            "[0, 1, 2], "
+            "or nothing for all layers"
+        )
+    return tuple(sorted(layers))
+
+
+PRESETS = {"calibrated": Steering(), "paper": Steering(schedule="per_layer", positions="all")}
+"""`paper`: the paper's letter. `calibrated`: the default, which keeps a small model intact."""
