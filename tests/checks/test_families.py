@@ -1,4 +1,5 @@
-"""The contract, on a tiny random model of every covered family, in both precisions; and that the contract can fail."""
+"""The contract, on a tiny random model of every covered family, in both precisions; and that the
+contract can fail."""
 
 from __future__ import annotations
 
@@ -13,19 +14,26 @@ import pytest
 import torch
 from torch import nn
 
-import cmrm.checks.contract
+import cmrm.checks.clauses
+import cmrm.checks.steered
+import cmrm.model.layers
 import cmrm.model.vlm
 from cmrm import Sample, Steering, estimate_shift, generate, load_vlm, steer, wrap_vlm
-from cmrm.shift.capture import capture, capture_inputs
 from cmrm.checks.run import Outcome, run_checks
-from cmrm.prompts.conditions import Request, build_request, build_requests
 from cmrm.errors import ModelError
+from cmrm.model.encode import encode
 from cmrm.model.families import FAMILIES as COVERED
-from cmrm.model.vlm import VLM, encode
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request, build_request, build_requests
+from cmrm.shift.capture import capture, capture_inputs
 from families import FAMILIES
 
 MIXING = "a text-only prompt is the same beside one with image"
 MIXES_BADLY = {"mllama", "paligemma"}
+TWO = "two conversations in turn are steered as each is alone"
+KEEPS_OFFSETS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"}
+"""These models keep the rotary offset of the last image themselves: unsteered, two caches in turn
+mix them too."""
 
 
 def built(key: str, dtype: torch.dtype = torch.float32) -> VLM:
@@ -50,7 +58,8 @@ def test_contract(family: Any, dtype: torch.dtype) -> None:
     wrong = [(f.name, f.detail) for f in findings if f.outcome is Outcome.FAIL]
     assert not wrong
     skipped = {f.name for f in findings if f.outcome is Outcome.SKIP}
-    assert skipped == ({MIXING} if family.key in MIXES_BADLY else set())
+    expected = {MIXING} if family.key in MIXES_BADLY else set()
+    assert skipped == expected | ({TWO} if family.key in KEEPS_OFFSETS else set())
 
 
 @pytest.mark.parametrize("family", COVERED, ids=lambda f: f.key)
@@ -60,7 +69,11 @@ def test_contract_with_torchao_int8(family: Any) -> None:
     decoder = model.get_decoder()
     quantization.quantize_(decoder, quantization.Int8WeightOnlyConfig())
     assert any("Int8" in type(p).__name__ for p in decoder.parameters()), "nothing was quantised"
-    wrong = [(f.name, f.detail) for f in run_checks(wrap_vlm(model, processor)) if f.outcome is Outcome.FAIL]
+    wrong = [
+        (f.name, f.detail)
+        for f in run_checks(wrap_vlm(model, processor))
+        if f.outcome is Outcome.FAIL
+    ]
     assert not wrong
 
 
@@ -77,7 +90,10 @@ def offload_map(vlm: VLM) -> dict[str, str]:
             found[prefix] = "cpu"
         else:
             inside = f"{prefix}." if prefix else ""
-            for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            for name, _ in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
                 found[inside + name] = "cpu"
             for name, child in module.named_children():
                 visit(inside + name, child)
@@ -122,20 +138,27 @@ def test_a_gate_that_lets_all_rows_through_is_found(monkeypatch: pytest.MonkeyPa
         with steer(vlm, vectors, steering, has_image=[True] * 3):
             yield
 
-    monkeypatch.setattr(cmrm.checks.contract, "steer", ungated)
-    assert outcome_of("rows without image are untouched in a mixed, padded batch", vlm) is Outcome.FAIL
+    monkeypatch.setattr(cmrm.checks.steered, "steer", ungated)
+    assert (
+        outcome_of("rows without image are untouched in a mixed, padded batch", vlm) is Outcome.FAIL
+    )
 
 
 def test_a_flipped_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = built("llava")
 
     @contextmanager
-    def flipped(vlm: VLM, vectors: torch.Tensor, steering: Any = None, **more: Any) -> Iterator[None]:
+    def flipped(
+        vlm: VLM, vectors: torch.Tensor, steering: Any = None, **more: Any
+    ) -> Iterator[None]:
         with steer(vlm, -vectors, steering, **more):
             yield
 
-    monkeypatch.setattr(cmrm.checks.contract, "steer", flipped)
-    assert outcome_of("what is added is alpha v, at the chosen layer and position", vlm) is Outcome.FAIL
+    monkeypatch.setattr(cmrm.checks.steered, "steer", flipped)
+    assert (
+        outcome_of("what is added is alpha v, at the chosen layer and position", vlm)
+        is Outcome.FAIL
+    )
 
 
 def test_layers_in_the_wrong_order_are_found() -> None:
@@ -150,7 +173,9 @@ def test_layers_in_the_wrong_order_are_found() -> None:
 def test_a_processor_that_drops_the_image_is_found() -> None:
     vlm = built("llava")
     vlm.processor.chat_template = vlm.processor.chat_template.replace("<image>", "")
-    assert outcome_of("image tokens stand exactly where a condition has an image", vlm) is Outcome.FAIL
+    assert (
+        outcome_of("image tokens stand exactly where a condition has an image", vlm) is Outcome.FAIL
+    )
 
 
 def test_cross_attention_layers_carry_the_state_on_in_text() -> None:
@@ -167,7 +192,9 @@ def test_cross_attention_layers_carry_the_state_on_in_text() -> None:
 def test_a_generated_image_token_does_not_open_the_gate() -> None:
     vlm = built("llava")
     inputs = encode(vlm, [Request("what is it")])
-    vlm.model.lm_head.weight.data[vlm.image_token_id] = 100 * vlm.model.lm_head.weight.data.sign().float().mean(0)
+    vlm.model.lm_head.weight.data[vlm.image_token_id] = (
+        100 * vlm.model.lm_head.weight.data.sign().float().mean(0)
+    )
     plain = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     with steer(vlm, torch.randn(vlm.n_layers, vlm.hidden_size), Steering(positions="all")):
         steered = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -177,7 +204,9 @@ def test_a_generated_image_token_does_not_open_the_gate() -> None:
 class _Stranger(nn.Module):
     def __init__(self, lists: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(lists))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(lists)
+        )
 
     class config:
         num_hidden_layers = 3
@@ -189,8 +218,10 @@ class _Stranger(nn.Module):
 
 
 def test_unknown_structure_says_what_was_looked_for() -> None:
-    with pytest.raises(ModelError, match=r"looked for one list of 3 .*attention blocks.* found none"):
-        cmrm.model.vlm.find_decoder_layers(_Stranger(1))
+    with pytest.raises(
+        ModelError, match=r"looked for one list of 3 .*attention blocks.* found none"
+    ):
+        cmrm.model.layers.find_decoder_layers(_Stranger(1))
 
 
 def test_out_of_memory_halves_the_batch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +257,9 @@ def test_memory_that_one_prompt_exhausts_is_an_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(vlm.model, "forward", none_left)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
-        capture(vlm, list(build_requests([Sample("a", "q"), Sample("b", "q")], "query")), batch_size=2)
+        capture(
+            vlm, list(build_requests([Sample("a", "q"), Sample("b", "q")], "query")), batch_size=2
+        )
 
 
 def test_every_corruption_estimates_a_shift(vlm: VLM, anchors: list[Sample]) -> None:
@@ -239,19 +272,28 @@ def test_every_corruption_estimates_a_shift(vlm: VLM, anchors: list[Sample]) -> 
     assert build_request(anchors[0], "grey").images[0].getcolors() == [(320, (128, 128, 128))]
 
 
-def test_a_registered_override_is_taken_where_structure_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cmrm.model.vlm, "LAYER_OVERRIDES", {})
+def test_a_registered_override_is_taken_where_structure_misleads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cmrm.model.layers, "LAYER_OVERRIDES", {})
     model, processor = FAMILIES["llava"]()
     decoder = model.model.language_model
     decoder.rest = nn.ModuleList(decoder.layers)
     with pytest.raises(ModelError, match="looked for one list of 3"):
         wrap_vlm(model, processor)
-    cmrm.model.vlm.register_layers("LlavaForConditionalGeneration", lambda m: m.model.language_model.layers)
+    cmrm.model.layers.register_layers(
+        "LlavaForConditionalGeneration", lambda m: m.model.language_model.layers
+    )
     vlm = wrap_vlm(model, processor)
     assert vlm.layers == tuple(decoder.layers)
 
 
 def test_the_contract_is_there_without_asserts() -> None:
-    script = "import cmrm.checks.contract as c\ntry:\n c.hold(False, 'x')\nexcept c.Broken:\n print('held')"
-    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "held"
+    script = (
+        "import cmrm.checks.clauses as c\ntry:\n c.require(False, 'x')\n"
+        "except c.Broken:\n print('broken')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "broken"

@@ -19,13 +19,17 @@ def differences() -> torch.Tensor:
     return 2 * offset + torch.randn(25, 4, 10, generator=generator)
 
 
-def test_pca_is_the_uncentred_direction_with_the_mean_projection_as_length(differences: torch.Tensor) -> None:
+def test_pca_is_the_uncentred_direction_with_the_mean_projection_as_length(
+    differences: torch.Tensor,
+) -> None:
     vectors, ratio = reduce_differences(differences, "pca")
     for layer in range(4):
         rows = differences[:, layer].double().numpy()
         svd = TruncatedSVD(1, algorithm="arpack").fit(rows)
         direction = svd.components_[0]
-        np.testing.assert_allclose(vectors[layer].numpy(), direction * (rows.mean(0) @ direction), atol=1e-5)
+        np.testing.assert_allclose(
+            vectors[layer].numpy(), direction * (rows.mean(0) @ direction), atol=1e-5
+        )
         assert rows.mean(0) @ vectors[layer].double().numpy() > 0
         share = (rows @ direction) ** 2
         np.testing.assert_allclose(ratio[layer], share.sum() / (rows**2).sum(), rtol=1e-5)
@@ -66,7 +70,9 @@ def test_same_seed_same_bytes(vlm: VLM, anchors: list[Sample], corruption: str) 
     two = estimate_shift(vlm, anchors, corruption=corruption, seed=5)
     assert torch.equal(one.vectors, two.vectors)
     if corruption == "noise":
-        assert not torch.equal(one.vectors, estimate_shift(vlm, anchors, corruption=corruption, seed=6).vectors)
+        assert not torch.equal(
+            one.vectors, estimate_shift(vlm, anchors, corruption=corruption, seed=6).vectors
+        )
 
 
 def test_provenance_is_complete(vlm: VLM, anchors: list[Sample]) -> None:

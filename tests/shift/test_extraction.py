@@ -14,16 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
+import cmrm.shift.pair
 import cmrm.shift.prefix
-from cmrm import Sample, estimate_shift
-from cmrm.shift.capture import capture_inputs
-from cmrm.prompts.conditions import Request, Turn, build_requests
+from cmrm import Sample, SampleLevel, estimate_shift, wrap_vlm
 from cmrm.errors import InputError
-from cmrm.model.vlm import VLM, encode
+from cmrm.model.encode import encode
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request, Turn, build_requests
+from cmrm.shift.capture import capture_inputs
+from cmrm.shift.estimate import reduce_differences, sample_vectors
 from cmrm.shift.moments import SKETCH, Moments
 from cmrm.shift.packing import packed_states
-from cmrm.shift.prefix import PrefixPair, SharedPrefix
-from cmrm.shift.estimate import reduce_differences
+from cmrm.shift.pair import Prefixes, PrefixPair
+from cmrm.shift.prefix import SharedPrefix
+from conftest import tiny_model, tiny_processor
 
 RED = Image.new("RGB", (16, 16), "red")
 
@@ -36,7 +40,14 @@ def differences(n: int, *, width: int = 48, decay: float = 0.9) -> torch.Tensor:
     """Differences [n, 2, width] with a mean and a decaying spectrum."""
     generator = torch.Generator().manual_seed(3)
     scale = decay ** torch.arange(width)
-    return torch.randn(n, 2, width, generator=generator) * scale + 0.3 * torch.randn(2, width, generator=generator)
+    return torch.randn(n, 2, width, generator=generator) * scale + 0.3 * torch.randn(
+        2, width, generator=generator
+    )
+
+
+def vectors_of(moments: Moments, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    estimate = moments.estimate(estimator)
+    return estimate.vectors, estimate.explained
 
 
 @pytest.mark.parametrize("estimator", ["pca", "mean", "icv"])
@@ -46,7 +57,7 @@ def test_stream_equals_the_exact_estimators(estimator: Any) -> None:
     stream = Moments(2, 400)
     for chunk in whole.split(37):  # type: ignore[no-untyped-call]
         stream.update(chunk)
-    vectors, streamed = stream.vectors(estimator)
+    vectors, streamed = vectors_of(stream, estimator)
     assert stream.sketch.shape[1] <= 2 * SKETCH < 3000
     assert (stream.dropped > 0).all(), "nothing was compressed"
     assert torch.cosine_similarity(vectors, exact, dim=-1).min() > 1 - 1e-4
@@ -85,7 +96,9 @@ def test_merged_moments_are_those_of_one_stream() -> None:
     left.merge(Moments.from_dict(right.to_dict()))
     assert left.count == 500
     for estimator in ("pca", "mean", "icv"):
-        assert torch.allclose(left.vectors(estimator)[0], one.vectors(estimator)[0], atol=1e-3)
+        assert torch.allclose(
+            vectors_of(left, estimator)[0], vectors_of(one, estimator)[0], atol=1e-3
+        )
 
 
 def test_nan_in_a_state_is_refused() -> None:
@@ -125,7 +138,9 @@ def test_nothing_is_padded_behind_the_prefix(vlm: VLM) -> None:
     before = runner.fresh_tokens
     states = runner.states(requests)
     assert runner.unpacked is None
-    assert runner.fresh_tokens - before == sum(len(encode(vlm, [r])["input_ids"][0]) - runner.tokens for r in requests)
+    assert runner.fresh_tokens - before == sum(
+        len(encode(vlm, [r])["input_ids"][0]) - runner.tokens for r in requests
+    )
     assert torch.allclose(states, whole(vlm, requests), atol=1e-4)
 
 
@@ -146,7 +161,9 @@ def test_a_row_takes_so_many_tokens_and_no_more(vlm: VLM, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("trouble", ["refused", "wrong"])
-def test_a_model_that_cannot_be_packed_is_padded(vlm: VLM, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+def test_a_model_that_cannot_be_packed_is_padded(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     packed = packed_states
 
     def troubled(*args: Any, **kept: Any) -> list[torch.Tensor]:
@@ -170,7 +187,9 @@ def test_conditions_that_cannot_share_a_pass_are_run_apart(
 ) -> None:
     packed = packed_states
 
-    def troubled(vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any) -> list[torch.Tensor]:
+    def troubled(
+        vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any
+    ) -> list[torch.Tensor]:
         found = packed(vlm, backbone, parts, cache, **kept)
         if len(parts) == 1:
             return found
@@ -178,8 +197,8 @@ def test_conditions_that_cannot_share_a_pass_are_run_apart(
             raise IndexError("one prefix is enough")
         return found[::-1]
 
-    monkeypatch.setattr(cmrm.shift.prefix, "packed_states", troubled)
-    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.shift.pair, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.shift.pair, "JOINT_TOKENS", 10_000)
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     requests = [list(build_requests(some(5), condition)) for condition in ("query", "blank")]
     states = pair.states(*requests)
@@ -191,12 +210,13 @@ def test_conditions_that_cannot_share_a_pass_are_run_apart(
 
 
 def test_prompts_longer_than_an_attention_window_are_not_packed() -> None:
-    from cmrm import wrap_vlm
     from families import FAMILIES
 
     windowed = wrap_vlm(*FAMILIES["gemma3"]())
     runner = SharedPrefix(windowed)
-    long = [Sample(f"long-{k}", "word " * (60 + k), Image.new("RGB", (16, 16), "red")) for k in range(3)]
+    long = [
+        Sample(f"long-{k}", "word " * (60 + k), Image.new("RGB", (16, 16), "red")) for k in range(3)
+    ]
     requests = list(build_requests([*some(3), *long], "blank"))
     states = runner.states(requests)
     assert runner.reason is None
@@ -204,8 +224,11 @@ def test_prompts_longer_than_an_attention_window_are_not_packed() -> None:
     assert torch.allclose(states, whole(windowed, requests), atol=1e-3)
 
 
-def test_a_cache_with_other_state_is_not_gone_on_from(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer with a running state (linear attention) cannot serve several continuations at once."""
+def test_a_cache_with_other_state_is_not_gone_on_from(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer with a running state (linear attention) cannot serve several continuations at
+    once."""
     monkeypatch.setattr(cmrm.shift.prefix, "DynamicLayer", type(None))
     runner = SharedPrefix(vlm)
     requests = list(build_requests(some(3), "blank"))
@@ -263,7 +286,9 @@ def test_a_killed_extraction_goes_on_and_loses_at_most_a_batch(vlm: VLM, tmp_pat
             raise Killed
 
     with pytest.raises(Killed):
-        estimate_shift(vlm, some(30), batch_size=4, checkpoint=state, on_batch=die)
+        estimate_shift(
+            vlm, some(30), batch_size=4, checkpoint=state, checkpoint_seconds=0, on_batch=die
+        )
     assert state.exists()
     forward, rows = vlm.model.model.forward, 0
 
@@ -278,7 +303,7 @@ def test_a_killed_extraction_goes_on_and_loses_at_most_a_batch(vlm: VLM, tmp_pat
     finally:
         vlm.model.model.forward = forward
     assert torch.allclose(again.vectors, whole.vectors, atol=1e-5)
-    assert not state.exists()
+    assert state.exists(), "whoever saves the artifact removes it"
     probes = 8
     assert rows <= 2 * (30 - 16) + probes, "what was finished is not run again"
 
@@ -294,7 +319,9 @@ def test_a_checkpoint_of_another_run_is_refused(vlm: VLM, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="another run"):
         estimate_shift(vlm, some(9), batch_size=4, checkpoint=state, corruption="grey")
     with pytest.raises(InputError, match="other anchors"):
-        estimate_shift(vlm, [Sample(f"x{k}", "q", RED) for k in range(9)], batch_size=4, checkpoint=state)
+        estimate_shift(
+            vlm, [Sample(f"x{k}", "q", RED) for k in range(9)], batch_size=4, checkpoint=state
+        )
     with pytest.raises(InputError, match="more anchors"):
         estimate_shift(vlm, some(2), batch_size=4, checkpoint=state)
     state.write_bytes(b"broken")
@@ -305,6 +332,7 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 import conftest, torch
+sys.path.insert(0, {here!r})
 from cmrm import estimate_shift, wrap_vlm
 from test_extraction import some
 torch.set_num_threads(1)
@@ -320,10 +348,29 @@ def test_two_processes_give_what_one_gives(vlm: VLM, tmp_path: Path) -> None:
     from cmrm import ShiftVectors
 
     script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531", str(script)]
+    script.write_text(
+        textwrap.dedent(
+            WORKER.format(
+                tests=str(Path(__file__).parents[1]),
+                here=str(Path(__file__).parent),
+                out=str(tmp_path),
+            )
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29531",
+        str(script),
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one = estimate_shift(vlm, some(25), batch_size=4)
@@ -340,37 +387,47 @@ def test_a_few_tokens_of_both_conditions_share_a_pass_and_many_do_not(
     requests = [list(build_requests(some(3), condition)) for condition in ("query", "blank")]
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
     few = [some_requests[:1] for some_requests in requests]
-    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 2 * len(requests[0][0].text) + 40)
+    monkeypatch.setattr(cmrm.shift.pair, "JOINT_TOKENS", 2 * len(requests[0][0].text) + 40)
     for joint, given in ((1, few), (1, requests), (2, few)):
         for found, some_requests in zip(pair.states(*given), given, strict=True):
             assert torch.allclose(found, whole(vlm, some_requests), atol=1e-4)
         assert pair.joint_batches == joint
 
 
-def test_sample_level_keeps_its_prefixes_between_calls(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmrm import SampleLevel
-    from cmrm.engines.transformers import sample_vectors
-    from cmrm.shift.prefix import shared_pair
-
-    vlm.memo.clear()
-    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
+def test_prefixes_are_kept_between_calls_by_their_owner(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cmrm.shift.pair, "JOINT_TOKENS", 10_000)
     requests = list(build_requests(some(3), "original"))
-    first = sample_vectors(vlm, requests, SampleLevel())
-    pair = shared_pair(vlm, "blank")
+    prefixes = Prefixes(vlm)
+    first = sample_vectors(vlm, requests, SampleLevel(), prefixes=prefixes)
+    pair = prefixes.pair("blank")
     runner = pair.corrupted
     before = runner.fresh_tokens
-    again = sample_vectors(vlm, requests, SampleLevel())
+    again = sample_vectors(vlm, requests, SampleLevel(), prefixes=prefixes)
     assert torch.allclose(first, again, atol=1e-5)
-    assert shared_pair(vlm, "blank") is pair
+    assert prefixes.pair("blank") is pair
     assert pair.joint_batches == 2, "both conditions in one pass"
     suffixes = runner.whole_tokens // 2 - 3 * runner.tokens
-    assert runner.fresh_tokens - before <= suffixes + 3 * 7, "only what stands behind the prefix is run"
+    assert runner.fresh_tokens - before <= suffixes + 3 * 7, (
+        "only what stands behind the prefix is run"
+    )
 
 
-def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_on_the_model(vlm: VLM) -> None:
+    before = set(vars(vlm)), set(vars(vlm.model))
+    sample_vectors(vlm, list(build_requests(some(2), "original")), SampleLevel())
+    assert (set(vars(vlm)), set(vars(vlm.model))) == before
+
+
+def test_a_joint_pass_found_wrong_leaves_nothing_behind(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = packed_states
 
-    def troubled(vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any) -> list[torch.Tensor]:
+    def troubled(
+        vlm: VLM, backbone: Any, parts: Any, cache: Any = None, **kept: Any
+    ) -> list[torch.Tensor]:
         found = packed(vlm, backbone, parts, cache, **kept)
         if len(parts) == 2:
             for used in kept["keep"]:
@@ -378,11 +435,14 @@ def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: p
                     layer.keys, layer.values = layer.keys * 3, layer.values * 3
         return [states * 1.5 for states in found] if len(parts) == 2 else found
 
-    monkeypatch.setattr(cmrm.shift.prefix, "packed_states", troubled)
-    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000)
+    monkeypatch.setattr(cmrm.shift.pair, "packed_states", troubled)
+    monkeypatch.setattr(cmrm.shift.pair, "JOINT_TOKENS", 10_000)
     monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 1)
     pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm))
-    before = (Turn("user", "What is it, in a few words, if you please?", (RED,)), Turn("assistant", "A wall."))
+    before = (
+        Turn("user", "What is it, in a few words, if you please?", (RED,)),
+        Turn("assistant", "A wall."),
+    )
     talk = Request("And who painted it, and when, and for whom was it painted?", before=before)
     for _ in range(2):
         found = pair.states([talk.without_images()], [talk])
@@ -392,7 +452,9 @@ def test_a_joint_pass_found_wrong_leaves_nothing_behind(vlm: VLM, monkeypatch: p
     assert pair.joint_batches == 0
 
 
-def test_what_ran_before_changes_nothing_but_for_conversations(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ran_before_changes_nothing_but_for_conversations(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 1)
     requests = list(build_requests(some(6), "blank"))
     fresh = SharedPrefix(vlm)
@@ -401,14 +463,16 @@ def test_what_ran_before_changes_nothing_but_for_conversations(vlm: VLM, monkeyp
     other = SharedPrefix(vlm)
     other.states(requests[:1])
     other.states(requests[5:6])
-    assert torch.equal(other.states(requests[1:2]), first), "bit for bit, as a run that goes on after a kill needs it"
+    assert torch.equal(other.states(requests[1:2]), first), (
+        "bit for bit, as a run that goes on after a kill needs it"
+    )
 
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_a_conversations_next_turn_runs_its_new_tokens_alone(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch, joint: bool
 ) -> None:
-    monkeypatch.setattr(cmrm.shift.prefix, "JOINT_TOKENS", 10_000 if joint else 0)
+    monkeypatch.setattr(cmrm.shift.pair, "JOINT_TOKENS", 10_000 if joint else 0)
     monkeypatch.setattr(cmrm.shift.prefix, "KEPT_TOKENS", 4)
     text, corrupted = SharedPrefix(vlm), SharedPrefix(vlm)
     pair = PrefixPair(vlm, text, corrupted)
@@ -416,14 +480,19 @@ def test_a_conversations_next_turn_runs_its_new_tokens_alone(
 
     def turn(*said: str, asked: str) -> tuple[list[Request], list[Request]]:
         before = tuple(
-            Turn("assistant" if k % 2 else "user", words, () if k else (picture,)) for k, words in enumerate(said)
+            Turn("assistant" if k % 2 else "user", words, () if k else (picture,))
+            for k, words in enumerate(said)
         )
         request = Request(asked, () if said else (picture,), before=before)
         return [request.without_images()], [request]
 
     talk: list[str] = []
     for number, (asked, answer) in enumerate(
-        [("What colour is the wall in it?", "A pale one."), ("Why is that so?", "For the light."), ("And then?", "")]
+        [
+            ("What colour is the wall in it?", "A pale one."),
+            ("Why is that so?", "For the light."),
+            ("And then?", ""),
+        ]
     ):
         given = turn(*talk, asked=asked)
         before = [runner.fresh_tokens for runner in (text, corrupted)]
@@ -433,7 +502,9 @@ def test_a_conversations_next_turn_runs_its_new_tokens_alone(
         if number:
             for runner, start, requests in zip((text, corrupted), before, given, strict=True):
                 length = encode(vlm, requests)["input_ids"].shape[1]
-                assert runner.fresh_tokens - start < length - runner.tokens, "not all that stands behind the prefix"
+                assert runner.fresh_tokens - start < length - runner.tokens, (
+                    "not all that stands behind the prefix"
+                )
                 assert runner.fresh_tokens - start <= len(f"{talk[-1]} {asked}") + 40
         talk += [asked, answer]
     assert pair.joint_batches == (3 if joint else 0)
@@ -447,19 +518,33 @@ def test_a_conversations_next_turn_runs_its_new_tokens_alone(
         assert torch.allclose(states, whole(vlm, requests), atol=1e-4)
 
 
-def test_changed_weights_start_a_new_prefix(vlm: VLM) -> None:
-    from cmrm.shift.prefix import shared_pair
+@pytest.mark.parametrize("part", ["q_proj", "lm_head", "multi_modal_projector", "vision_tower"])
+def test_weights_written_through_data_start_a_new_prefix(part: str) -> None:
+    vlm = wrap_vlm(tiny_model(), tiny_processor(), model_id="tiny")
+    prefixes = Prefixes(vlm)
+    pair = prefixes.pair("blank")
+    assert prefixes.pair("blank") is pair
+    weight = next(p for name, p in vlm.model.named_parameters() if part in name and p.dim() > 1)
+    weight.data.mul_(-1.5)
+    assert prefixes.pair("blank") is not pair
+    assert prefixes.pair("blank").text is not pair.text
 
-    pair = shared_pair(vlm, "blank")
-    weight = vlm.model.lm_head.weight
-    with torch.no_grad():
-        weight.mul_(1.0)
-    assert shared_pair(vlm, "blank") is not pair
-    assert shared_pair(vlm, "blank").text is not pair.text
+
+def test_states_after_a_write_are_those_of_a_fresh_model() -> None:
+    vlm = wrap_vlm(tiny_model(), tiny_processor(), model_id="tiny")
+    prefixes = Prefixes(vlm)
+    requests = list(build_requests(some(3), "original"))
+    old = sample_vectors(vlm, requests, SampleLevel(), prefixes=prefixes)
+    for name, weight in vlm.model.named_parameters():
+        if "k_proj" in name or "v_proj" in name:
+            weight.data.add_(0.3)
+    now = sample_vectors(vlm, requests, SampleLevel(), prefixes=prefixes)
+    fresh = sample_vectors(vlm, requests, SampleLevel())
+    assert not torch.allclose(old, fresh, atol=1e-2)
+    assert torch.allclose(now, fresh, atol=1e-4)
 
 
 def test_images_of_another_size_start_a_new_prefix() -> None:
-    from cmrm import wrap_vlm
     from families import FAMILIES
 
     tiled = wrap_vlm(*FAMILIES["llava_next"]())
@@ -473,19 +558,36 @@ def test_images_of_another_size_start_a_new_prefix() -> None:
         assert torch.allclose(states, alone, atol=1e-4)
 
 
-def test_images_that_differ_end_the_search_for_a_prefix(vlm: VLM) -> None:
+def test_batches_of_different_images_are_run_whole_and_searched_less_and_less(vlm: VLM) -> None:
     runner = SharedPrefix(vlm)
     requests = list(build_requests(some(4), "noise"))
     states = runner.states(requests)
-    assert runner.reason == "the prompts of a batch have different images"
+    assert runner.reason is None, "another batch may share a prefix"
+    assert runner.unshared == "the prompts of the batch have different images"
     before = runner.fresh_tokens
     runner.states(requests)
     whole = encode(vlm, requests)["input_ids"].numel()
-    assert runner.fresh_tokens - before == whole, "no second prefix is run"
+    assert runner.fresh_tokens - before == whole, "no second prefix is run right away"
     assert torch.allclose(states, runner.states(requests), atol=1e-4)
 
 
-def test_a_prefix_that_ran_out_of_memory_is_begun_anew(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_odd_batch_does_not_end_the_sharing(vlm: VLM) -> None:
+    runner = SharedPrefix(vlm)
+    runner.states(list(build_requests(some(4), "noise")))
+    alike = list(build_requests(some(8), "blank"))
+    for _ in range(3):
+        runner.states(alike)
+    before = runner.fresh_tokens
+    states = runner.states(alike)
+    assert runner.unshared is None
+    suffixes = sum(len(encode(vlm, [r])["input_ids"][0]) - runner.tokens for r in alike)
+    assert runner.fresh_tokens - before == suffixes, "only what stands behind the prefix is run"
+    assert torch.allclose(states, whole(vlm, alike), atol=1e-4)
+
+
+def test_a_prefix_that_ran_out_of_memory_is_begun_anew(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = estimate_shift(vlm, some(8), batch_size=4)
     forward, calls = vlm.model.model.forward, []
 

@@ -13,8 +13,8 @@ import torch
 
 from cmrm import Sample, ShiftVectors, estimate_shift
 from cmrm.errors import ArtifactError
-from cmrm.shift.hub import FILE_NAME, card
 from cmrm.model.vlm import VLM
+from cmrm.shift.hub import FILE_NAME, card
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def shift(vlm: VLM, anchors: list[Sample]) -> ShiftVectors:
     return estimate_shift(vlm, anchors)
 
 
-def test_upload_and_download(shift: ShiftVectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_and_download(
+    shift: ShiftVectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     remote = tmp_path / "remote"
@@ -53,14 +55,17 @@ def test_upload_and_download(shift: ShiftVectors, tmp_path: Path, monkeypatch: p
 
 
 def test_the_hub_out_of_reach_is_one_clear_line(shift: ShiftVectors) -> None:
-    for action in (lambda: shift.push_to_hub("me/shift"), lambda: ShiftVectors.from_pretrained("me/no-such-shift")):
+    for action in (
+        lambda: shift.push_to_hub("me/shift"),
+        lambda: ShiftVectors.from_pretrained("me/no-such-shift"),
+    ):
         with pytest.raises(ArtifactError, match=r"me/(no-such-)?shift") as caught:
             action()
         assert "\n" not in str(caught.value)
 
 
 def test_card_says_what_it_is_and_how_to_use_it(shift: ShiftVectors) -> None:
-    text = card(shift, repo_id="me/shift")
+    text = card(shift.provenance, shift.recommended, repo_id="me/shift")
     header = text.split("---")[1]
     assert "library_name: cmrm" in header
     assert 'ShiftVectors.from_pretrained("me/shift")' in text

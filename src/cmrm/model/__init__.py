@@ -1,1 +1,1 @@
-"""."""
+"""Models: loading and wrapping, decoder layers, prompts as tensors, and what identifies a model."""

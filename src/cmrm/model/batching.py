@@ -1,4 +1,4 @@
-"""Work in batches that shrink when memory runs out, instead of a run that dies."""
+"""Batches that shrink when memory runs out, instead of a run that dies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 def in_batches(
     items: Iterable[Item], size: int, work: Callable[[list[Item]], Result]
 ) -> Iterator[tuple[list[Item], Result]]:
-    """`work` on consecutive lists of up to `size` items, read as they are needed; yields (batch, result) in order.
+    """Results of `work` on consecutive lists of up to `size` items, as (batch, result), in order.
 
-    Where memory runs out, the batch is halved, and stays halved for what follows; a warning says so, once. Out of memory
-    on a single item is raised as it is.
+    Items are read as they are needed. Where memory runs out, the batch is halved and stays halved
+    for the rest; a warning says so once. Out of memory on a single item is raised as it is.
 
     Raises:
         InputError: `size` is below 1.
@@ -30,25 +30,28 @@ def in_batches(
     if size < 1:
         raise InputError(f"batch_size is {size}; it is at least 1")
     source = iter(items)
-    held: list[Item] = []
+    waiting: list[Item] = []
     warned = False
-    while held := held + list(islice(source, max(0, size - len(held)))):
-        batch = held[:size]
-        full = False
+    while waiting := waiting + list(islice(source, max(0, size - len(waiting)))):
+        batch = waiting[:size]
+        exhausted = False
         try:
             result = work(batch)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if len(batch) == 1 or not out_of_memory(error):
                 raise
-            full = True
-        if full:  # outside of the handler, whose traceback would keep the failed batch alive
+            exhausted = True
+        if exhausted:  # outside of the handler, whose traceback would keep the failed batch alive
             size = len(batch) // 2
             release_memory()
             if not warned:
-                warnings.warn(f"out of memory with a batch of {len(batch)}; going on with smaller ones", stacklevel=2)
+                warnings.warn(
+                    f"out of memory with a batch of {len(batch)}; smaller batches from here",
+                    stacklevel=2,
+                )
                 warned = True
             continue
-        held = held[len(batch) :]
+        waiting = waiting[len(batch) :]
         yield batch, result
 
 
@@ -58,7 +61,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what a failed batch left behind."""
+    """Return what a failed batch left behind to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

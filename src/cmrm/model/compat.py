@@ -1,4 +1,4 @@
-"""Mends for libraries that do not fit each other, and names that differ between the versions of transformers that cmrm runs on."""
+"""Libraries that do not fit each other, and names that differ between versions of transformers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 
+from cmrm.errors import SteeringError
+
 _DECLARED: list[torch.library.Library] = []
-"""Kept alive for the life of the process: a `Library` withdraws its operators when it is collected."""
+"""Kept alive for the life of the process: a `Library` withdraws its operators when it is
+collected."""
 
 
 def mend_torchvision() -> None:
-    """Let torchvision be imported beside a torch build that its compiled operators do not fit.
+    """Make torchvision importable beside a torch build that its compiled operators do not fit.
 
-    PyPI's torchvision is built against CUDA; beside a CPU-only torch its operator library does not load, and importing
-    torchvision fails because the schemas of `nms` and `qnms` (box suppression, which no image processor uses) are not
-    there. They are declared here without an implementation, so that the transforms work and a call of `nms` still
-    fails. Does nothing when torchvision is absent, imported already, or imports as it is.
+    PyPI's torchvision is built against CUDA. Beside a CPU-only torch its operator library does not
+    load, and importing torchvision fails because the schemas of `nms` and `qnms` are missing (box
+    suppression, which no image processor uses). They are declared here without an implementation:
+    the transforms work, and a call of `nms` still fails. Does nothing when torchvision is absent,
+    imported already, or fits.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
@@ -33,19 +37,20 @@ def mend_torchvision() -> None:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+            schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            library.define(schema)  # type: ignore[no-untyped-call]
         _DECLARED.append(library)
         import torchvision  # noqa: F401
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""The key-value cache among a model's arguments and in its output: since transformers 5.24, and before."""
+"""The key-value cache in a model's arguments and output: since transformers 5.24, and before."""
 
 
 def with_cache(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """Keyword arguments that hand `cache` to a model or to its `forward`."""
-    taken = inspect.signature(getattr(forward, "forward", forward)).parameters
-    return {"cache" if "cache" in taken else "past_key_values": cache, "use_cache": True}
+    """Keyword arguments that pass `cache` to a model or to its `forward`."""
+    parameters = inspect.signature(getattr(forward, "forward", forward)).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:
@@ -54,5 +59,28 @@ def cache_given(arguments: Mapping[str, Any]) -> Any:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, or None."""
+    """The cache in a model's output (an output object or a tuple), or None."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    if not isinstance(output, Mapping):
+        return None
     return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+
+
+def cache_length(cache: Any) -> int:
+    """Number of token positions that `cache` covers; 0 for None. A static cache's counter is
+    read."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def backbone_of(model: Any) -> Any:
+    """The model without its `lm_head`, where transformers keeps the two apart; otherwise the whole
+    model."""
+    inner = getattr(model, "model", None)
+    if (
+        inner is None
+        or not hasattr(model, "lm_head")
+        or "input_ids" not in inspect.signature(inner.forward).parameters
+    ):
+        return model
+    return inner

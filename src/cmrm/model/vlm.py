@@ -1,46 +1,41 @@
-"""A VLM as the method sees it: model, processor, decoder layers, prompts. Layers are numbered here and nowhere else.
-
-Layer `l` (0-based, 0..L-1) is the output of decoder block `l` of the language backbone: the residual stream after the
-block, before the final norm. The embedding output is not a layer. transformers' `hidden_states[-1]` is taken AFTER the
-final norm and is therefore not layer L-1.
-"""
+"""A vision-language model (VLM) as cmrm sees it: model, processor, decoder layers, and its lock."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 
+from cmrm.errors import ModelError
 from cmrm.model.compat import mend_torchvision
-from cmrm.prompts.conditions import Request
-from cmrm.errors import InputError, ModelError
+from cmrm.model.layers import find_decoder_layers
 
-_NEEDS_AN_IMAGE = {"PaliGemmaProcessor"}
-"""Processors that refuse text alone: its tokenizer is used then, with the newline that ends a PaliGemma prompt."""
+REGISTERED = {"demo": "cmrm.demo.vlm:load_demo"}
+"""Models that have a name of their own: name -> `module:function`, a loader that returns a
+`VLM`."""
 
 _WANTS_PIL = {"MllamaProcessor"}
-"""Processors whose torchvision image processing fails on a batch in which a row has no image (transformers 5.23)."""
+"""Processors whose torchvision image processing fails on a batch in which a row has no image."""
 
-HASHED_VALUES = 16
-"""Values of a parameter that `weights_hash` looks at."""
-
-_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_commit_hash", "_attn_implementation"}
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class VLM:
-    """A model with its processor, ready for capture and steering. Made by `load_vlm` or `wrap_vlm`."""
+    """A model with its processor, ready for capture and steering. Made by `load_vlm` or
+    `wrap_vlm`."""
 
     model: Any
-    """A transformers image-text-to-text model."""
+    """A transformers image-text-to-text model, without PEFT or torch.compile wrappers."""
     processor: Any
     """Its processor: chat template, tokenizer, image processor."""
     layers: tuple[nn.Module, ...]
@@ -55,8 +50,9 @@ class VLM:
     """Hub commit, where known."""
     skippable: frozenset[int] = frozenset()
     """Layers that run only where the prompt holds an image (Mllama's cross-attention layers)."""
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What is kept between calls, such as the key-value caches of prefixes; may be cleared at any time."""
+    placeholders: frozenset[str] = frozenset()
+    """Texts that the processor turns into image or video tokens; a request must not hold them as
+    text."""
 
     @property
     def n_layers(self) -> int:
@@ -65,7 +61,7 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the input embeddings, or where they run when accelerate has offloaded them."""
+        """Device of the inputs: that of the input embeddings, or where accelerate runs them."""
         embeddings = self.model.get_input_embeddings()
         weight: torch.Tensor = embeddings.weight
         if weight.device.type != "meta":
@@ -78,6 +74,20 @@ class VLM:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
+    @property
+    def lock(self) -> Any:
+        """Re-entrant lock of the model, shared by every `VLM` around it: one caller at a time."""
+        with _LOCKS_GUARD:
+            return _LOCKS.setdefault(self.model, threading.RLock())
+
+    def check_eval(self) -> None:
+        """Refuse a model in training mode: dropout would make its states random.
+
+        Raises:
+            ModelError: a module is in training mode.
+        """
+        check_eval(self.model)
+
 
 def load_vlm(
     model: str | Path,
@@ -88,20 +98,29 @@ def load_vlm(
     trust_remote_code: bool = False,
     image_backend: str | None = None,
 ) -> VLM:
-    """Load a VLM from a local folder or a hub id through transformers' auto classes.
+    """Load a VLM from a local folder or a hub id through transformers' auto classes, or a
+    registered one.
 
     Args:
-        model: folder with a checkpoint, or hub id.
+        model: folder with a checkpoint, hub id, or a name in `REGISTERED` such as `demo`.
         revision: hub branch, tag or commit.
         dtype: as transformers takes it; "auto" is the checkpoint's own.
         device_map: as accelerate takes it; None loads on the CPU.
         trust_remote_code: run Python code that the checkpoint brings; off unless you have read it.
-        image_backend: `pil` or `torchvision`, whose resizing differs by a few grey levels; None leaves it to transformers,
-            which takes torchvision where it is installed.
+        image_backend: `pil` or `torchvision`, whose resizing differs by a few grey levels; None
+            leaves it to transformers, which takes torchvision where it is installed.
 
     Raises:
-        ModelError: the checkpoint cannot be loaded, is no VLM, or has no decoder layers that can be found.
+        ModelError: the checkpoint cannot be loaded, is no VLM, or has no decoder layers that can be
+            found.
     """
+    if str(model) in REGISTERED:
+        if revision is not None or trust_remote_code or image_backend not in (None, "pil"):
+            raise ModelError(
+                f"{model} is a registered model; revision, trust_remote_code and image_backend do "
+                "not go with it"
+            )
+        return _registered(str(model))(dtype=dtype, device_map=device_map)
     mend_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -111,38 +130,65 @@ def load_vlm(
         processor = AutoProcessor.from_pretrained(str(model), **backend, **source)
         if image_backend is None and type(processor).__name__ in _WANTS_PIL:
             processor = AutoProcessor.from_pretrained(str(model), backend="pil", **source)
-        loaded = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype, device_map=device_map, **source)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            str(model), dtype=dtype, device_map=device_map, **source
+        )
     except ImportError as error:
         needed = " ".join(str(error).split())
         raise ModelError(
-            f"cannot load {model}: its processor or model needs a library that is not there; "
+            f"cannot load {model}: its processor or model needs a library that is not installed; "
             f"pip install 'cmrm[families]' brings the common ones. {needed[:200]}"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if lines[0].startswith("Unrecognized configuration class"):
-            lines = ["transformers knows its architecture as no vision-language model; is it a text-only one?"]
+            lines = [
+                "transformers does not know its architecture as a VLM; is it a text-only model?"
+            ]
         raise ModelError(f"cannot load a vision-language model from {model}: {lines[0]}") from error
     return wrap_vlm(loaded.eval(), processor, model_id=str(model), revision=revision)
 
 
-def wrap_vlm(model: Any, processor: Any, *, model_id: str | None = None, revision: str | None = None) -> VLM:
-    """Use a transformers model and processor that you hold already. Neither is changed.
+def _registered(name: str) -> Callable[..., VLM]:
+    module, _, function = REGISTERED[name].partition(":")
+    loader: Callable[..., VLM] = getattr(import_module(module), function)
+    return loader
+
+
+def wrap_vlm(
+    model: Any, processor: Any, *, model_id: str | None = None, revision: str | None = None
+) -> VLM:
+    """Use a transformers model and processor that you have loaded yourself. Neither is changed.
+
+    Wrappers of PEFT, torch.compile and DistributedDataParallel are taken off: calling the wrapper
+    inside `steer` is steered as calling the model itself is.
 
     Raises:
-        ModelError: what is missing is named: a language backbone, its decoder layers, an image token, a tokenizer or a
-            chat template.
+        ModelError: what is missing is named (a language backbone, its decoder layers, an image
+            token, a tokenizer, a chat template), or the model is in training mode.
     """
+    model = unwrapped(model)
     if not hasattr(processor, "tokenizer") or getattr(processor, "image_processor", None) is None:
-        raise ModelError(f"{type(processor).__name__} has no tokenizer or no image processor; pass the VLM's processor")
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
-        raise ModelError("the processor has no chat template; set `processor.chat_template` to the model's own")
+        raise ModelError(
+            f"{type(processor).__name__} has no tokenizer or no image processor; pass the VLM's "
+            "processor"
+        )
+    if not (
+        getattr(processor, "chat_template", None)
+        or getattr(processor.tokenizer, "chat_template", None)
+    ):
+        raise ModelError(
+            "the processor has no chat template; set `processor.chat_template` to the model's own"
+        )
     config = model.config
     image_token_id = getattr(config, "image_token_id", None)
     if image_token_id is None:
         image_token_id = getattr(config, "image_token_index", None)
     if image_token_id is None:
-        raise ModelError(f"{type(config).__name__} names no image_token_id; this does not look like a VLM's config")
+        raise ModelError(
+            f"{type(config).__name__} names no image_token_id; this is not a VLM's config"
+        )
+    check_eval(model)
     layers, hidden_size = find_decoder_layers(model)
     return VLM(
         model=model,
@@ -153,138 +199,78 @@ def wrap_vlm(model: Any, processor: Any, *, model_id: str | None = None, revisio
         model_id=model_id or getattr(config, "_name_or_path", "") or type(model).__name__,
         revision=revision or getattr(config, "_commit_hash", None),
         skippable=frozenset(k for k, block in enumerate(layers) if hasattr(block, "cross_attn")),
+        placeholders=_placeholders(processor, int(image_token_id)),
     )
 
 
-LAYER_OVERRIDES: dict[str, Callable[[Any], Sequence[nn.Module]]] = {}
-"""Model class name -> its decoder blocks, for classes whose structure misleads `find_decoder_layers`."""
-
-
-def register_layers(architecture: str, find: Callable[[Any], Sequence[nn.Module]]) -> None:
-    """Tell cmrm where the decoder blocks of a model class are: `find(model)` returns blocks 0..L-1 in order.
-
-    Needed only where `find_decoder_layers` refuses a model or `cmrm check` finds its layers wrong.
-    """
-    LAYER_OVERRIDES[architecture] = find
-
-
-def find_decoder_layers(model: Any) -> tuple[tuple[nn.Module, ...], int]:
-    """Decoder blocks of the language backbone, and the width of its residual stream; by structure, not by name.
-
-    Looked for: an `nn.ModuleList` inside `model.get_decoder()` (or else the whole model) whose length is the text
-    config's `num_hidden_layers` and whose blocks hold attention, outside of vision and audio parts. A model class that
-    was given to `register_layers` is not searched.
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside PEFT, torch.compile or DistributedDataParallel wrappers.
 
     Raises:
-        ModelError: none or several fit.
+        ModelError: the wrapper changes prompts (PEFT's prompt learning) or copies the model
+            (DataParallel).
     """
-    text = model.config.get_text_config()
-    count, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    if not count or not width:
-        raise ModelError(f"{type(text).__name__} names no num_hidden_layers or hidden_size; no decoder can be found")
-    override = LAYER_OVERRIDES.get(type(model).__name__)
-    if override is not None:
-        return tuple(override(model)), int(width)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    root = decoder if isinstance(decoder, nn.Module) else model
-    found = [
-        (name, module)
-        for name, module in root.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all("attn" in " ".join(n for n, _ in block.named_children()) for block in module)
-        and not any(word in name for word in ("vision", "visual", "audio"))
-    ]
-    if len(found) != 1:
-        raise ModelError(
-            f"looked for one list of {count} attention blocks in {type(root).__name__}, found "
-            f"{[name for name, _ in found] or 'none'}; cmrm needs the decoder layers of the language backbone: name them "
-            "with cmrm.model.vlm.register_layers"
-        )
-    return tuple(found[0][1]), int(width)
-
-
-def config_hash(vlm: VLM) -> str:
-    """Hex sha256 of the model's config without fields that change with library version, path or dtype."""
-
-    def stable(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: stable(v) for k, v in sorted(value.items()) if k not in _VOLATILE}
-        return value
-
-    raw = json.loads(json.dumps(vlm.model.config.to_dict(), default=str))
-    return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()
-
-
-def weights_hash(vlm: VLM) -> str:
-    """Hex sha256 over the first `HASHED_VALUES` values of every parameter: tells apart trainings of one architecture, at no cost.
-
-    Parameters that are offloaded, or held in a quantised form of their own, count by name and shape alone.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(vlm.model.named_parameters()):
-        digest.update(f"\x00{name}\x00{tuple(parameter.shape)}\x00".encode())
-        if type(parameter.data) is torch.Tensor and parameter.device.type != "meta":
-            shown = parameter.detach().flatten()[:HASHED_VALUES]
-            digest.update(shown.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _turn(role: str, text: str, images: int, *, image_last: bool = False) -> dict[str, Any]:
-    pictures: list[dict[str, str]] = [{"type": "image"}] * images
-    said: list[dict[str, str]] = [{"type": "text", "text": text}]
-    return {"role": role, "content": said + pictures if image_last else pictures + said}
-
-
-def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch of prompts, LEFT-padded, on the model's device.
-
-    Each conversation passes through the model's own chat template with the generation prompt. Rows with and without images
-    may be mixed. Returns at least `input_ids` and `attention_mask`, int64 [B, T]; `pixel_values` in the model's dtype
-    where any row has an image; whatever else the model's forward takes.
-
-    Raises:
-        InputError: the batch is empty, the chat template refuses a conversation, or a prompt is longer than the model's context.
-    """
-    if not requests:
-        raise InputError("no prompts were given")
-    texts = []
-    for request in requests:
-        turns = [_turn(turn.role, turn.text, len(turn.images)) for turn in request.before]
-        turns.append(_turn("user", request.text, len(request.images), image_last=request.image_last))
-        try:
-            texts.append(vlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError) as error:
-            raise InputError(f"the model's chat template does not take this conversation: {error}") from error
-    nested = [list(request.all_images) for request in requests]
-    tokenizer = vlm.tokenizer
-    bos = tokenizer.bos_token
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        special = not (bos and texts[0].startswith(bos))
-        if not any(nested) and type(vlm.processor).__name__ in _NEEDS_AN_IMAGE:
-            batch = tokenizer(
-                [f"{text}\n" for text in texts], padding=True, return_tensors="pt", add_special_tokens=special,
-                return_token_type_ids=True,
-            )  # fmt: skip
-        else:
-            batch = vlm.processor(
-                text=texts,
-                images=nested if any(nested) else None,
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=special,
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ModelError(
+                "DataParallel copies the model for every pass; pass its `.module` instead"
             )
-    finally:
-        tokenizer.padding_side = side
-    limit = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and batch["input_ids"].shape[1] > limit:
-        raise InputError(
-            f"a prompt has {batch['input_ids'].shape[1]} tokens, the model's context is {limit}; shorten it"
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            active = getattr(model, "active_peft_config", None)
+            if getattr(active, "is_prompt_learning", False):
+                raise ModelError(
+                    f"{type(active).__name__} changes the prompt outside of the model; cmrm takes "
+                    "adapters in "
+                    "the model's layers, such as LoRA"
+                )
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def check_eval(model: nn.Module) -> None:
+    """Refuse a model in training mode; see `VLM.check_eval`."""
+    for name, module in model.named_modules():
+        if not module.training or not _acts_in_training(module, name):
+            continue
+        where = f"its part {name}" if name else type(module).__name__
+        raise ModelError(
+            f"{where} is in training mode, where dropout makes states random; call model.eval() "
+            "first"
         )
-    dtype = vlm.model.dtype
-    return {
-        key: value.to(vlm.device, dtype if value.is_floating_point() else None)
-        for key, value in batch.items()
-        if isinstance(value, torch.Tensor) and key != "labels"
-    }
+
+
+def _acts_in_training(module: nn.Module, name: str) -> bool:
+    """Whether training mode can change what the module computes."""
+    if not name:
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._NormBase) or hasattr(
+        module, "attention_dropout"
+    )
+
+
+def _placeholders(processor: Any, image_token_id: int) -> frozenset[str]:
+    """Texts of the processor's image and video tokens, with the marks around them."""
+    tokenizer = processor.tokenizer
+    texts = {tokenizer.convert_ids_to_tokens(image_token_id)}
+    for owner in (processor, tokenizer):
+        attributes: Mapping[str, Any] = getattr(owner, "__dict__", {})
+        for name, value in attributes.items():
+            kind = name.lower()
+            visual = any(word in kind for word in ("image", "video", "boi", "eoi", "vision"))
+            if (
+                visual
+                and ("token" in kind or "tag" in kind)
+                and isinstance(value, str)
+                and value.strip()
+            ):
+                texts.add(value)
+    known = {text for text in texts if isinstance(text, str)}
+    vocabulary = tokenizer.get_vocab()
+    return frozenset(text for text in known if text in vocabulary)

@@ -1,10 +1,25 @@
-"""Shift vectors with their provenance, as one safetensors file (never a pickle)."""
+"""The one file format of cmrm: tensors with their provenance and the identity of their model.
+
+An artifact is a safetensors file (never a pickle) with float32 tensors:
+
+| tensor | shape | what |
+|---|---|---|
+| `vectors` | [L, d] | shift per decoder layer, from corrupted image to text; added, alpha >= 0 |
+| `direction` | [L, d] | refusal direction per layer, where it was fitted |
+| `NAME` | any | fitted state of a defence |
+| `identity.samples` | [N, 32] | values sampled from the model's weights |
+
+One metadata entry, `cmrm`, holds JSON: format, provenance, recommended setting, identity, and a
+sha256 over all of it and over the tensors, which is checked on load. No local path is written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,126 +27,220 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cmrm.errors import ArtifactError
+from cmrm.errors import ArtifactError, InputError
 from cmrm.files import atomic_path
-from cmrm.model.vlm import VLM, config_hash
+from cmrm.model.identity import Identity, config_hash, identity_of, public_name, summary
+from cmrm.model.vlm import VLM
+from cmrm.shift.provenance import Provenance, library_versions, provenance_from_json
+from cmrm.steering.setting import Steering
 
-FORMAT = "cmrm-shift/1"
+__all__ = ["Artifact", "Provenance", "ShiftVectors", "library_versions"]
 
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where shift vectors come from."""
-
-    model_id: str
-    """Hub id or path of the model that they were estimated on."""
-    revision: str | None
-    """Hub commit, where known."""
-    architecture: str
-    """Class name of the model."""
-    hidden_size: int
-    """Width d of the residual stream."""
-    n_layers: int
-    """Number of decoder layers L."""
-    config_hash: str
-    """Hex sha256 of the model's config (`models.config_hash`)."""
-    anchor_hash: str
-    """Hex sha256 of the anchor set (`samples.set_hash`)."""
-    n_anchors: int
-    """Number of anchors N."""
-    text_condition: str
-    """Condition of h_t."""
-    corruption: str
-    """Condition of h_c: `blank` or `noise`."""
-    seed: int
-    """Seed of the corruption."""
-    estimator: str
-    """`pca`, `mean` or `icv`."""
-    norms: tuple[float, ...]
-    """Euclidean norm of each layer's vector."""
-    explained_ratio: tuple[float, ...]
-    """Per layer: share of the uncentred differences' sum of squares along the vector's direction, 0..1."""
-    versions: dict[str, str]
-    """Library versions at estimation."""
-    licence_note: str = "Derived from the model's activations; the model's own licence applies."
-    """What a user has to mind."""
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """How the vectors are meant to be used: the setting that was chosen on the anchor split."""
-
-    alpha: float = 1.0
-    """Strength, >= 0."""
-    schedule: str = "telescoped"
-    """`telescoped` or `per_layer`."""
-    positions: str = "last"
-    """`last`, `all`, `after_image`, `generated` or `last_prompt`."""
-    layers: tuple[int, ...] | None = None
-    """0-based decoder layers, or None for all."""
-    preserve_norm: bool = False
-    """Rescale each state to the norm that it had."""
+FORMAT = "cmrm-artifact/2"
+OLD_SHIFT = "cmrm-shift/1"
+OLD_DEFENSE = "cmrm-defense/1"
+VECTORS = "vectors"
+SAMPLES = "identity.samples"
 
 
 @dataclass(frozen=True, eq=False)
-class ShiftVectors:
-    """Dataset-level shift per decoder layer, pointing FROM the corrupted-image TO the text-only state."""
+class Artifact:
+    """Tensors of one model, in memory: what a file of this format holds."""
 
-    vectors: torch.Tensor
-    """float32 [L, d]; row l belongs to the output of decoder block l and is ADDED there, times alpha >= 0."""
+    tensors: Mapping[str, torch.Tensor]
+    """float32 by name; `vectors` and `direction` are [L, d]."""
     provenance: Provenance
     """Where they come from."""
-    recommended: Recommended
-    """Setting to use them with."""
+    recommended: Steering = field(default_factory=Steering)
+    """Setting to use `vectors` with."""
+    identity: Identity | None = None
+    """Of the model; None in files of an older version, which know its config alone."""
 
     def __post_init__(self) -> None:
         shape = (self.provenance.n_layers, self.provenance.hidden_size)
-        if tuple(self.vectors.shape) != shape or self.vectors.dtype != torch.float32:
-            raise ArtifactError(
-                f"vectors are {self.vectors.dtype} {tuple(self.vectors.shape)}, the provenance says float32 {shape}"
-            )
-        bad = (~torch.isfinite(self.vectors)).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise ArtifactError(f"vectors hold NaN or infinity at decoder layers {bad}; extract them anew")
+        for name, tensor in self.tensors.items():
+            by_layer = name in {VECTORS, "direction"}
+            if tensor.dtype != torch.float32:
+                raise ArtifactError(f"the tensor {name} is {tensor.dtype}, expected float32")
+            if by_layer and tuple(tensor.shape) != shape:
+                raise ArtifactError(
+                    f"{name} are {tuple(tensor.shape)}, the provenance says {shape}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                layers = (~torch.isfinite(tensor)).any(dim=-1).nonzero().flatten().tolist()
+                where = f" at decoder layers {layers}" if by_layer else ""
+                raise ArtifactError(f"{name} hold NaN or infinity{where}; extract them again")
 
     def save(self, path: str | Path) -> Path:
-        """Write the artifact; the file appears under its name only when it is whole. Same content, same bytes.
+        """Write the artifact; the file appears under its name only when it is whole.
+
+        The same content gives the same bytes.
 
         Raises:
             ArtifactError: the place cannot be written to.
         """
         target = Path(path)
-        content = {"format": FORMAT, "provenance": asdict(self.provenance), "recommended": asdict(self.recommended)}
-        # One key alone: safetensors writes several in an order that changes from run to run.
-        header = {"cmrm": json.dumps(content, sort_keys=True)}
+        tensors = {name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}
+        content: dict[str, Any] = {
+            "format": FORMAT, "provenance": asdict(self.provenance),
+            "recommended": self.recommended.to_json(), "identity": None,
+        }  # fmt: skip
+        if self.identity is not None:
+            content["identity"] = self.identity.to_json()
+            tensors[SAMPLES] = self.identity.weights.samples.contiguous()
+        content["digest"] = _digest(content, tensors)
+        # One entry alone: safetensors writes several in an order that changes from run to run.
+        metadata = {"cmrm": json.dumps(content, sort_keys=True)}
         try:
             with atomic_path(target) as part:
-                save_file({"vectors": self.vectors.contiguous()}, str(part), metadata=header)
+                save_file(tensors, str(part), metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"cannot write {target}: {error}") from error
         return target
 
     @classmethod
-    def load(cls, path: str | Path) -> ShiftVectors:
-        """Read an artifact.
+    def load(cls, path: str | Path) -> Artifact:
+        """Read an artifact of this format, or one of the older formats.
 
         Raises:
-            ArtifactError: the file is missing, broken, of another format, or holds NaN.
+            ArtifactError: the file is missing, damaged, of another format, or holds NaN.
         """
         source = Path(path)
         if not source.is_file():
-            raise ArtifactError(f"there is no shift artifact at {source}")
+            raise ArtifactError(f"there is no artifact at {source}")
         try:
             with safe_open(str(source), "pt") as handle:
-                header = json.loads((handle.metadata() or {}).get("cmrm", "{}"))
-                if header.get("format") != FORMAT:
-                    raise ArtifactError(f"{source} has format {header.get('format')!r}, this version reads {FORMAT!r}")
-                vectors = handle.get_tensor("vectors")
-            provenance = _build(Provenance, header["provenance"])
-            recommended = _build(Recommended, header["recommended"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{source} is not a whole shift artifact: {error}") from error
-        return cls(vectors, provenance, recommended)
+                header = (handle.metadata() or {}).get("cmrm", "")
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return _read(header, tensors)
+        except ArtifactError as error:
+            raise ArtifactError(f"{source}: {error}") from None
+        except _BROKEN as error:
+            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
+            raise ArtifactError(f"{source} is not a whole artifact of cmrm: {reason}") from None
+
+    def check(self, vlm: VLM) -> None:
+        """Refuse a model that these tensors do not belong to; see `model.identity` for what is
+        compared.
+
+        Raises:
+            ArtifactError: layer count, width, architecture, config, weights, processor or chat
+                template differ; the differences are named.
+        """
+        made = self.provenance
+        pairs = {
+            "decoder layers": (made.n_layers, vlm.n_layers),
+            "hidden size": (made.hidden_size, vlm.hidden_size),
+            "architecture": (made.architecture, type(vlm.model).__name__),
+        }
+        wrong = [
+            f"{name} {there} there, {here} here"
+            for name, (there, here) in pairs.items()
+            if there not in (here, "unknown")
+        ]
+        if self.identity is None:  # an old file, which knows no more than its config
+            known = {config_hash(vlm), _old_config_hash(vlm)}
+            wrong = [] if made.config_hash in known else wrong or [
+                "another config; the artifact was written by an older cmrm, which bound it to "
+                "every "
+                "field of the config: extract it again"
+            ]  # fmt: skip
+        elif not wrong:
+            wrong = self.identity.differences(identity_of(vlm))
+        if wrong:
+            raise ArtifactError(
+                f"this artifact was estimated on {made.model_id} and does not fit "
+                f"{public_name(vlm.model_id)}: {summary(wrong)}; estimate one for this model"
+            )
+
+
+_BROKEN = (
+    SafetensorError,
+    InputError,
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    IndexError,
+    RuntimeError,
+)
+"""What a damaged file makes the reader raise."""
+
+
+def _read(header: str, tensors: dict[str, torch.Tensor]) -> Artifact:
+    if header.startswith(OLD_DEFENSE):
+        return _old_defense(header, tensors)
+    content = json.loads(header or "{}")
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_SHIFT):
+        kind = content.get("format") if isinstance(content, dict) else None
+        raise ArtifactError(f"it has format {kind!r}, this version reads {FORMAT!r}")
+    if content["format"] == OLD_SHIFT:
+        return _old_shift(content, tensors)
+    written = content.pop("digest")
+    if written != _digest(content, tensors):
+        raise ArtifactError("the file is damaged: its content does not match its digest")
+    samples = tensors.pop(SAMPLES, None)
+    identity = None
+    if content["identity"] is not None:
+        if samples is None:
+            raise ValueError(f"the tensor {SAMPLES} is missing")
+        identity = Identity.from_json(content["identity"], samples)
+    recommended = Steering.from_json(content["recommended"])
+    return Artifact(tensors, provenance_from_json(content["provenance"]), recommended, identity)
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftVectors:
+    """Dataset-level shift per decoder layer, pointing FROM the corrupted-image TO the text-only
+    state."""
+
+    vectors: torch.Tensor
+    """float32 [L, d]; row l belongs to the output of decoder block l and is ADDED there, times
+    alpha >= 0."""
+    provenance: Provenance
+    """Where they come from."""
+    recommended: Steering = field(default_factory=Steering)
+    """Setting to use them with."""
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Other tensors of the same artifact by name, such as `direction` [L, d]."""
+    identity: Identity | None = None
+    """Of the model that they belong to."""
+
+    def __post_init__(self) -> None:
+        self._as_artifact()  # which looks at shapes and values
+
+    def _as_artifact(self) -> Artifact:
+        tensors = {VECTORS: self.vectors, **self.others}
+        return Artifact(tensors, self.provenance, self.recommended, self.identity)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact; see `Artifact.save`.
+
+        Raises:
+            ArtifactError: the place cannot be written to.
+        """
+        return self._as_artifact().save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ShiftVectors:
+        """Read an artifact that holds shift vectors.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, of another format, or holds no vectors.
+        """
+        artifact = Artifact.load(path)
+        others = dict(artifact.tensors)
+        vectors = others.pop(VECTORS, None)
+        if vectors is None:
+            raise ArtifactError(
+                f"{path} holds the fitted state of {artifact.provenance.estimator!r}, no shift "
+                "vectors"
+            )
+        return cls(vectors, artifact.provenance, artifact.recommended, others, artifact.identity)
 
     @classmethod
     def from_pretrained(
@@ -154,44 +263,88 @@ class ShiftVectors:
         token: str | None = None,
         commit_message: str = "Upload shift vectors",
     ) -> str:
-        """Upload to a hub repository (made if need be) as `shift.safetensors` with a generated card; returns the commit.
+        """Upload to a hub repository (made if need be) with a generated card.
+
+        Returns:
+            The commit's address.
 
         Raises:
             ArtifactError: the hub refuses, or cannot be reached.
         """
-        from cmrm.shift.hub import push
+        from cmrm.shift.hub import card, push
 
-        return push(self, repo_id, private=private, token=token, message=commit_message)
+        text = card(self.provenance, self.recommended, repo_id=repo_id)
+        return push(repo_id, self.save, text, private=private, token=token, message=commit_message)
 
     def check(self, vlm: VLM) -> None:
-        """Refuse a model that these vectors do not belong to.
+        """Refuse a model that these vectors do not belong to; see `Artifact.check`.
 
         Raises:
-            ArtifactError: layer count, width, architecture or config differ; the mismatch is named.
+            ArtifactError: the models differ; the differences are named.
         """
-        held = self.provenance
-        pairs = {
-            "decoder layers": (held.n_layers, vlm.n_layers),
-            "hidden size": (held.hidden_size, vlm.hidden_size),
-            "architecture": (held.architecture, type(vlm.model).__name__),
-            "config hash": (held.config_hash[:12], config_hash(vlm)[:12]),
-        }
-        wrong = [f"{name} {ours} there, {theirs} here" for name, (ours, theirs) in pairs.items() if ours != theirs]
-        if wrong:
-            raise ArtifactError(
-                f"this shift was estimated on {held.model_id} and does not fit {vlm.model_id}: {'; '.join(wrong)}; "
-                "estimate one for this model"
-            )
+        self._as_artifact().check(vlm)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions that can change a state or a token."""
-    return {name: version(name) for name in ("cmrm", "torch", "transformers")}
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hex sha256 of the metadata without its digest, and of every tensor by name, dtype, shape and
+    bytes."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\x00{name}\x00{tensor.dtype}\x00{tuple(tensor.shape)}\x00".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _build(kind: type[Any], data: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    unknown = sorted(set(data) - names)
-    if unknown:
-        raise ValueError(f"unknown fields {unknown}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+def _old_shift(content: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Artifact:
+    """An artifact of the first format: vectors, bound to the whole config, without a digest."""
+    warnings.warn(
+        "this artifact was written by an older cmrm: it knows the model's config, not its weights, "
+        "and "
+        "has no digest; extract it again to bind it to them",
+        stacklevel=4,
+    )
+    made = provenance_from_json(content["provenance"])
+    return Artifact({VECTORS: tensors[VECTORS]}, made, Steering.from_json(content["recommended"]))
+
+
+_OLD_STATE = {
+    "shiftdc": {"safety": "direction"},
+    "refusal_direction": {"refusal": "direction"},
+    "null_space": {"direction": "modality"},
+}
+"""Defence -> what its tensors were called in the first format."""
+
+
+def _old_defense(header: str, tensors: dict[str, torch.Tensor]) -> Artifact:
+    """The state of a defence in its first format, which names the defence and a hash of the
+    config."""
+    _, name, hash_of_config = header.split("\n")
+    renamed = _OLD_STATE.get(name, {})
+    tensors = {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+    shape = next((tuple(tensor.shape) for tensor in tensors.values() if tensor.dim() == 2), (0, 0))
+    made = Provenance(
+        "unknown", None, "unknown", shape[1], shape[0], hash_of_config, estimator=name
+    )  # fmt: skip
+    return Artifact(tensors, made)
+
+
+_OLD_VOLATILE = {
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "_commit_hash",
+    "_attn_implementation",
+}
+
+
+def _old_config_hash(vlm: VLM) -> str:
+    """The hash of the whole config that the older formats were bound to."""
+
+    def stable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: stable(v) for k, v in sorted(value.items()) if k not in _OLD_VOLATILE}
+        return value
+
+    raw = json.loads(json.dumps(vlm.model.config.to_dict(), default=str))
+    return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()

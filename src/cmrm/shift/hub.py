@@ -1,97 +1,142 @@
-"""Shift artifacts on the Hugging Face hub: one repository with the artifact and a generated card."""
+"""Shift artifacts on the Hugging Face hub: one repository with the artifact and a generated
+card."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cmrm.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.provenance import Provenance
+from cmrm.steering.setting import Steering
 
 FILE_NAME = "shift.safetensors"
 
 
-def card(shift: ShiftVectors, *, repo_id: str | None = None) -> str:
-    """README.md of a hub repository: YAML header, what the artifact is, provenance, recommended use, limits."""
+def card(made: Provenance, use: Steering, *, repo_id: str | None = None) -> str:
+    """README.md of a hub repository: YAML header, what the artifact is, provenance, recommended
+    use, limits."""
     from huggingface_hub import ModelCardData
 
-    held, use = shift.provenance, shift.recommended
-    on_hub = held.model_id.count("/") == 1 and not Path(held.model_id).exists()
+    on_hub = made.model_id.count("/") == 1
     header = ModelCardData(
         library_name="cmrm",
         tags=["cmrm", "activation-steering", "safety", "vision-language-model"],
-        base_model=held.model_id if on_hub else None,
+        base_model=made.model_id if on_hub else None,
     )
     layers = "all" if use.layers is None else ", ".join(map(str, use.layers))
+    recommended = (
+        f"alpha {use.alpha}, {use.schedule}, positions {use.positions}, layers {layers}, "
+        f"norm kept: {use.preserve_norm}"
+    )
+    explained = f"{min(made.explained_ratio):.2f} to {max(made.explained_ratio):.2f}"
     source = repo_id or "FOLDER"
+    model = made.model_id if on_hub else "FOLDER_OF_THE_MODEL"
     return f"""---
 {header.to_yaml()}
 ---
 
-# Shift vectors for {held.model_id if on_hub else Path(held.model_id).name}
+# Shift vectors for {made.model_id}
 
-Dataset-level CMRM shift (Liu et al., arXiv 2410.09047): text-only minus corrupted-image state of the residual stream at the
-last prompt token, per decoder layer. Added back at inference on inputs that contain an image, it restores refusals which
-the model gives as text. It was not trained, and it fits this model alone; loading it on another one is refused.
+Dataset-level CMRM shift (Liu et al., arXiv 2410.09047): text-only minus corrupted-image state of
+the residual stream at the last prompt token, per decoder layer. Added back at inference on inputs
+that contain an image, it restores refusals which the model gives as text. It was not trained, and
+it fits this model alone: other weights are refused.
 
 ```python
 from cmrm import ShiftVectors, generate, load_vlm
 
-vlm = load_vlm("{held.model_id}")
+vlm = load_vlm("{model}")
 shift = ShiftVectors.from_pretrained("{source}")
 replies = generate(vlm, samples, shift=shift)
 ```
 
 | | |
 |---|---|
-| model | {held.model_id}{f" at {held.revision}" if held.revision else ""} ({held.architecture}) |
-| layers x width | {held.n_layers} x {held.hidden_size} |
-| anchors | {held.n_anchors}, set hash {held.anchor_hash[:12]} |
-| text condition, corruption, seed | {held.text_condition}, {held.corruption}, {held.seed} |
-| estimator | {held.estimator} |
-| norm, first to last layer | {held.norms[0]:.4g} to {held.norms[-1]:.4g} |
-| explained ratio, lowest to highest | {min(held.explained_ratio):.2f} to {max(held.explained_ratio):.2f} |
-| recommended | alpha {use.alpha}, {use.schedule}, positions {use.positions}, layers {layers}, norm kept: {use.preserve_norm} |
-| versions | {", ".join(f"{k} {v}" for k, v in held.versions.items())} |
+| model | {made.model_id}{f" at {made.revision}" if made.revision else ""} ({made.architecture}) |
+| layers x width | {made.n_layers} x {made.hidden_size} |
+| anchors | {made.n_anchors}, set hash {made.anchor_hash[:12]} |
+| text condition, corruption, seed | {made.text_condition}, {made.corruption}, {made.seed} |
+| estimator | {made.estimator} |
+| norm, first to last layer | {made.norms[0]:.4g} to {made.norms[-1]:.4g} |
+| explained ratio, lowest to highest | {explained} |
+| recommended | {recommended} |
+| versions | {", ".join(f"{k} {v}" for k, v in made.versions.items())} |
 
-{held.licence_note} Measure unsafe rate, over-refusal and utility on your own data before you rely on it:
-`cmrm diagnose {held.model_id} --data SET --shift {FILE_NAME}`.
+{made.licence_note} Measure unsafe rate, over-refusal and utility on your own data before you rely
+on it:
+`cmrm diagnose {model} --data SET --shift {FILE_NAME}`.
 """
 
 
-def push(shift: ShiftVectors, repo_id: str, *, private: bool, token: str | None, message: str) -> str:
-    """Upload artifact and card; returns the commit's address."""
+def push(
+    repo_id: str,
+    save: Callable[[Path], object],
+    text: str,
+    *,
+    private: bool,
+    token: str | None,
+    message: str,
+) -> str:
+    """Upload the artifact that `save` writes, and `text` as its card; returns the commit's address.
+
+    Raises:
+        ArtifactError: the hub refuses, or cannot be reached.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
-        shift.save(Path(scratch) / FILE_NAME)
-        (Path(scratch) / "README.md").write_text(card(shift, repo_id=repo_id), encoding="utf-8")
+        save(Path(scratch) / FILE_NAME)
+        (Path(scratch) / "README.md").write_text(text, encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message=message)
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise ArtifactError(f"cannot upload to {repo_id}: {str(error).strip().splitlines()[0]}") from error
+        except (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalTokenNotFoundError,
+            OfflineModeIsEnabled,
+            OSError,
+        ) as error:
+            raise ArtifactError(
+                f"cannot upload to {repo_id}: {str(error).strip().splitlines()[0]}"
+            ) from error
     return str(commit.commit_url)
 
 
 def fetch(source: str | Path, *, revision: str | None, token: str | None) -> Path:
-    """Path of the artifact that `source` names: a file, a folder that holds one, or a hub repository (downloaded once)."""
+    """Path of the artifact in a file, in a folder, or in a hub repository (downloaded once)."""
     path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
         return path / FILE_NAME
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(str(source), FILE_NAME, revision=revision, token=token))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        EntryNotFoundError,
+        OSError,
+    ) as error:
         raise ArtifactError(
-            f"there is no shift artifact at {source}, neither on disk nor on the hub: {str(error).strip().splitlines()[0]}"
+            f"there is no artifact at {source}, neither on disk nor on the hub: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error

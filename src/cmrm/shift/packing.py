@@ -1,41 +1,50 @@
-"""Many short continuations of cached prefixes in ONE row: nothing is padded, and no cache is expanded over a batch.
+"""Many short continuations of cached prefixes in ONE row: nothing is padded, and no cache is
+expanded over a batch.
 
-A row of T new tokens holds the continuations one behind the other. A mask lets each see its own prefix and, causally, itself; positions
-count on from its prefix. The prefixes may be several (text-only and corrupted image), side by side in one cache. Attention is
-then over all of them, the rest of each block over T tokens alone.
+A row of T new tokens holds the continuations one behind the other. A mask lets each see its own
+prefix and, causally, itself; positions count on from its prefix. Several prefixes (text-only and
+corrupted image) may stand side by side in one cache. Attention is then over all of them, the rest
+of each block over T tokens alone.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cmrm.shift.capture import StateHooks
 from cmrm.model.compat import with_cache
 from cmrm.model.vlm import VLM
+from cmrm.shift.capture import StateHooks
 
 PACKABLE = {"sdpa", "eager"}
 """Attention implementations that take a mask for each pair of tokens."""
 
 LEAST_TOKENS = 512
-"""A row takes at least this many new tokens, and as many as its prefixes hold where they are longer: attention among
-continuations that do not see each other then costs at most what attention to the prefixes does."""
+"""A row takes at least this many new tokens, and as many as its prefixes hold where they are
+longer: attention among continuations that do not see each other then costs at most what attention
+to the prefixes does."""
+
+PROMPTS_IN_ROW: ContextVar[int | None] = ContextVar("cmrm_prompts_in_row", default=None)
+"""Number of prompts in the row that is being run, for whoever counts them; None: one in each
+row."""
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """What goes on behind one prefix."""
+    """Continuations of one prefix."""
 
     cache: Any
     """Keys and values of the prefix, one row; left as it is."""
     length: int
     """Tokens of the prefix."""
     offset: torch.Tensor | None
-    """What multi-axis rotary positions add behind the prefix (transformers' `rope_deltas`, [1, 1]); None for plain positions."""
+    """What multi-axis rotary positions add behind the prefix (transformers' `rope_deltas`, [1, 1]);
+    None for plain positions."""
     tokens: tuple[dict[str, torch.Tensor], ...]
     """For each continuation its inputs by token: int64 [n] by name, `input_ids` among them."""
 
@@ -49,38 +58,40 @@ class Kept:
     cache: Any
     """Keys and values, one row."""
     spans: tuple[slice, ...]
-    """Where in the cache they lie, in order."""
+    """Their places in the cache, in order."""
 
     def shared_with(self, ids: torch.Tensor) -> int:
-        """Tokens that another prompt begins with too; its last one is left to be run."""
+        """Number of tokens that another prompt begins with too; its last one is left to be run."""
         shorter = min(len(ids) - 1, len(self.ids))
         return int((ids[:shorter] == self.ids[:shorter]).int().cumprod(0).sum())
 
     def first(self, length: int) -> Any:
         """A cache of the first `length` tokens."""
-        taken = []
+        spans = []
         for span in self.spans:
             size = min(length, span.stop - span.start)
-            taken.append(slice(span.start, span.start + size))
+            spans.append(slice(span.start, span.start + size))
             length -= size
-        return spans_of(self.cache, taken)
+        return spans_of(self.cache, spans)
 
 
 def not_packable(vlm: VLM) -> str | None:
     """Why continuations of a prefix cannot share a row in this model, or None."""
-    attention = {
-        getattr(c, "_attn_implementation", None) for c in (vlm.model.config, vlm.model.config.get_text_config())
-    }
-    if not attention <= PACKABLE:
-        return (
-            f"the attention implementation {', '.join(sorted(str(a) for a in attention - PACKABLE))} takes no such mask"
-        )
-    return None
+    configs = (vlm.model.config, vlm.model.config.get_text_config())
+    attention = {getattr(config, "_attn_implementation", None) for config in configs}
+    others = ", ".join(sorted(str(name) for name in attention - PACKABLE))
+    return f"the attention implementation {others} takes no such mask" if others else None
 
 
 def window_of(cache: Any) -> int | None:
-    """Tokens in the narrowest attention window of a cache's layers; a longer prompt cannot be packed. None: all see everything."""
-    windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    """Tokens in the narrowest attention window of a cache's layers; None: every layer sees
+    everything.
+
+    A prompt longer than the window cannot be packed.
+    """
+    windows = [
+        layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)
+    ]
     return min(windows, default=None)
 
 
@@ -91,31 +102,38 @@ def packed_states(
     cache: Any = None,
     keep: list[Any] | None = None,
 ) -> list[torch.Tensor]:
-    """States float32 [N, L, d] on the CPU at the last token of each continuation, for each of `parts`; one or more passes.
+    """States float32 [N, L, d] on the CPU at the last token of each continuation, for each of
+    `parts`.
 
-    `cache` is `side_by_side` of the parts' caches, where it is at hand. `keep` is given the cache of each pass, which holds its row behind the
-    prefixes.
+    Args:
+        vlm: the model.
+        backbone: the model without its `lm_head`.
+        parts: prefixes with their continuations.
+        cache: `side_by_side` of the parts' caches, where it has been made.
+        keep: takes the cache of each pass, which holds its row behind the prefixes.
 
     Raises:
         KeyError: the parts have not the same inputs by token. Whatever the model raises.
     """
     least = max(LEAST_TOKENS, sum(part.length for part in parts))
-    flat = [(k, tokens) for k, part in enumerate(parts) for tokens in part.tokens]
+    waiting = [(k, tokens) for k, part in enumerate(parts) for tokens in part.tokens]
     if cache is None:
         cache = side_by_side([part.cache for part in parts])
-    found: list[list[torch.Tensor]] = [[] for _ in parts]
-    while flat:
-        taken, held = 0, 0
-        while taken < len(flat) and (taken == 0 or held + len(flat[taken][1]["input_ids"]) <= least):
-            held += len(flat[taken][1]["input_ids"])
+    states: list[list[torch.Tensor]] = [[] for _ in parts]
+    while waiting:
+        taken, size = 0, 0
+        while taken < len(waiting) and (
+            taken == 0 or size + len(waiting[taken][1]["input_ids"]) <= least
+        ):
+            size += len(waiting[taken][1]["input_ids"])
             taken += 1
-        row, flat = flat[:taken], flat[taken:]
+        row, waiting = waiting[:taken], waiting[taken:]
         states_of_row, used = _one_row(vlm, backbone, parts, cache, row)
         if keep is not None:
             keep.append(used)
-        for (k, _), states in zip(row, states_of_row, strict=True):
-            found[k].append(states)
-    return [torch.stack(states) for states in found]
+        for (k, _), state in zip(row, states_of_row, strict=True):
+            states[k].append(state)
+    return [torch.stack(of_part) for of_part in states]
 
 
 def _one_row(
@@ -125,7 +143,10 @@ def _one_row(
     cache: Any,
     row: Sequence[tuple[int, dict[str, torch.Tensor]]],
 ) -> tuple[torch.Tensor, Any]:
-    """States [len(row), L, d] of one forward pass, and the cache that it filled; `row` holds (number of its part, inputs by token)."""
+    """States [len(row), L, d] of one forward pass, and the cache that it filled.
+
+    `row` holds (number of its part, inputs by token).
+    """
     starts = [sum(part.length for part in parts[:k]) for k in range(len(parts) + 1)]
     past, lengths = starts[-1], [len(tokens["input_ids"]) for _, tokens in row]
     width, device, dtype = sum(lengths), vlm.device, vlm.model.dtype
@@ -143,47 +164,61 @@ def _one_row(
     position_ids = torch.cat(positions)[None]
     if any(part.offset is not None for part in parts):
         position_ids = position_ids.expand(3, 1, -1)
-    inputs = {name: torch.cat([tokens[name] for _, tokens in row])[None].to(device) for name in row[0][1]}
+    inputs = {
+        name: torch.cat([tokens[name] for _, tokens in row])[None].to(device) for name in row[0][1]
+    }
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    with StateHooks(vlm, last, rows=torch.zeros_like(last)) as hooks:
-        used = expanded(cache, 1)
-        backbone(**inputs, **with_cache(backbone, used), attention_mask=mask, position_ids=position_ids)
+    token = PROMPTS_IN_ROW.set(len(row))
+    try:
+        with StateHooks(vlm, last, rows=torch.zeros_like(last)) as hooks:
+            used = expanded(cache, 1)
+            backbone(
+                **inputs,
+                **with_cache(backbone, used),
+                attention_mask=mask,
+                position_ids=position_ids,
+            )
+    finally:
+        PROMPTS_IN_ROW.reset(token)
     return hooks.states(), used
 
 
 def expanded(cache: Any, rows: int) -> Any:
-    """A cache over `rows` rows whose keys and values are views of a cache of one row; the original is left as it is."""
-    made = copy.copy(cache)
-    made.layers = []
+    """A cache over `rows` rows whose keys and values are views of a cache of one row, which is left
+    as it is."""
+    copied = copy.copy(cache)
+    copied.layers = []
     for layer in cache.layers:
-        one = copy.copy(layer)
+        layer = copy.copy(layer)
         for name in ("keys", "values"):
-            held = getattr(one, name, None)
-            if isinstance(held, torch.Tensor) and held.dim() == 4:
-                setattr(one, name, held.expand(rows, -1, -1, -1))
-        made.layers.append(one)
-    return made
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                setattr(layer, name, tensor.expand(rows, -1, -1, -1))
+        copied.layers.append(layer)
+    return copied
 
 
 def side_by_side(caches: Sequence[Any]) -> Any:
-    """One cache whose keys and values are those of `caches`, one behind the other; each [1, heads, tokens, width]."""
+    """One cache with the keys and values of `caches` one behind the other; each [1, heads, tokens,
+    width]."""
     if len(caches) == 1:
         return caches[0]
-    made = expanded(caches[0], 1)
-    for index, layer in enumerate(made.layers):
+    joined = expanded(caches[0], 1)
+    for index, layer in enumerate(joined.layers):
         if layer.keys is None:  # a layer that text alone skips
             continue
         layer.keys = torch.cat([cache.layers[index].keys for cache in caches], dim=2)
         layer.values = torch.cat([cache.layers[index].values for cache in caches], dim=2)
-    return made
+    return joined
 
 
 def spans_of(cache: Any, spans: Sequence[slice]) -> Any:
-    """A cache of one row with the keys and values of `spans` of tokens alone, one behind the other; the original is left as it is."""
-    made = expanded(cache, 1)
-    for layer in made.layers:
+    """A cache of one row with the keys and values of `spans` of tokens alone; the original is left
+    as it is."""
+    selected = expanded(cache, 1)
+    for layer in selected.layers:
         if layer.keys is None:
             continue
         layer.keys = torch.cat([layer.keys[:, :, span] for span in spans], dim=2)
         layer.values = torch.cat([layer.values[:, :, span] for span in spans], dim=2)
-    return made
+    return selected

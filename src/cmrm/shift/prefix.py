@@ -1,65 +1,101 @@
 """States of many prompts that begin alike: what they share is run once.
 
-With a constant corrupted image everything up to and including the image's tokens is the same for every anchor, and so is
-the system prompt of the text-only condition. That prefix is run once, its key-value cache is expanded over the batch as a
-view, and only the rest of each prompt is run, through the backbone alone (no `lm_head`).
+With a constant corrupted image everything up to and including the image's tokens is the same for
+every anchor, and so is the system prompt of the text-only condition. That prefix is run once, its
+key-value cache is expanded over the batch as a view, and only the rest of each prompt is run,
+through the backbone alone (no `lm_head`).
 
-This is exact where tokens behind the prefix cannot change those inside it: causal attention, or attention in both
-directions within the image alone. Whether that holds is not read off a model's name: the first prompt is run whole as well, and
-where the two disagree (or the model cannot go on from a cache) all prompts are run whole, and the reason is kept.
+This is exact where tokens behind the prefix cannot change those inside it: causal attention, or
+attention in both directions within the image alone. Whether that holds is not read off a model's
+name. The first prompt is run whole as well; where the two disagree (or the model cannot continue
+from a cache) all prompts are run whole, and the reason is recorded.
+
+A prefix belongs to the object that runs it, never to the model (`shift.pair.Prefixes`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from cmrm.model.batching import out_of_memory
-from cmrm.shift.capture import StateHooks, capture_inputs
-from cmrm.model.compat import cache_of, with_cache
+from cmrm.model.compat import backbone_of, cache_of, with_cache
+from cmrm.model.encode import encode
+from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
-from cmrm.model.vlm import VLM, encode
-from cmrm.shift.packing import Continuations, Kept, expanded, not_packable, packed_states, side_by_side, window_of
+from cmrm.shift.capture import StateHooks, capture_inputs
+from cmrm.shift.packing import (
+    Continuations,
+    Kept,
+    expanded,
+    not_packable,
+    packed_states,
+    window_of,
+)
+from cmrm.steering.hooks import refuse_inside_steering
 
 TOLERANCE = {torch.float32: 1e-3}
 HALF_TOLERANCE = 0.05
-"""Largest distance between a state by prefix and by a whole forward, over the state's norm: float32, and 16-bit floats."""
+"""Largest distance between a state by prefix and by a whole forward, over the state's norm:
+float32, 16-bit floats."""
 
-JOINT_TOKENS = 96
-"""Up to so many tokens behind both prefixes go through in one pass: reading the weights is what so short a pass costs. Beyond it
-(`benchmarks/joint.py`) attention over the other condition's prefix costs more than the second reading."""
+SHIFT_TOLERANCE = {torch.float32: 1e-3}
+HALF_SHIFT_TOLERANCE = 0.4
+"""The same distance over |h_t - h_c| of the layer, which is what is used. 16-bit rounding alone
+makes 0.05 to 0.15 of it on the demo VLM, between two batch sizes as between prefix and whole
+forward."""
 
 OTHER_TEXT = "\u2022"
-"""Stands for any other request when the shared part is looked for."""
+"""Stands for any other request when the shared part is searched for."""
+
+KEPT_TOKENS = 32
+"""The last prompt is used again where it saves at least so many tokens: fewer are run again more
+quickly than a cache is copied."""
+
+LONGEST_PAUSE = 64
+"""After batches whose prompts share nothing, so many batches at most are run whole before the next
+search."""
 
 _NOT_BEHIND_A_CACHE = {"attention_mask", "mm_token_type_ids"}
-"""Not needed there: everything in the cache is visible, padding stands last, and no image is left."""
+"""Not needed there: everything in the cache is visible, padding stands last, and no image is
+left."""
 
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
-"""What models raise that do not go on from a cache, or take no mask for each pair of tokens."""
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+"""What models raise that do not continue from a cache, or take no mask for each pair of tokens."""
 
 Encoded = dict[str, torch.Tensor]
 
 
-KEPT_TOKENS = 32
-"""What is kept of the last prompt is used where it saves at least so many tokens: fewer are run again more quickly than a cache is copied."""
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """States of one prompt from a whole forward, and the differences that are to be measured."""
+
+    ids: torch.Tensor
+    """int64 [n], the prompt."""
+    states: torch.Tensor
+    """float32 [L, d]."""
+    scale: torch.Tensor
+    """float32 [L]: |h_t - h_c| of the layer."""
 
 
 class SharedPrefix:
-    """Captures states of prompts that begin like the first one; others, and models that cannot, are run whole."""
+    """Captures states of prompts that begin like the first one; others, and models that cannot, are
+    run whole."""
 
     def __init__(self, vlm: VLM) -> None:
         self.vlm = vlm
-        self.backbone = backbone_of(vlm)
+        self.backbone: Callable[..., Any] = backbone_of(vlm.model)
         self.reason: str | None = None
-        """Why prompts are run whole, or None while the prefix is in use."""
+        """Why this model's prompts are always run whole, or None."""
         self.unpacked: str | None = None
-        """Why what stands behind the prefix is run as a padded batch, or None while it is packed into one row."""
+        """Why continuations are run as a padded batch, or None while they are packed into one
+        row."""
+        self.unshared: str | None = None
+        """Why the last batch was run whole although the model could share a prefix, or None."""
         self.difference: float | None = None
         """Largest relative difference of the probe's states between prefix and whole forward."""
         self.tokens = 0
@@ -68,68 +104,98 @@ class SharedPrefix:
         """Tokens that went through the model, padding included."""
         self.whole_tokens = 0
         """Tokens of all prompts, which a plain forward would have run, without padding."""
+        self.reference: Reference | None = None
+        """A whole forward that somebody has run already, for the probe."""
         self._kept: Kept | None = None
-        self._goes_on = False
+        self._in_conversation = False
         self._ids: torch.Tensor | None = None
-        self._extra: Encoded = {}
+        self._constants: Encoded = {}
         self._cache: Any = None
         self._offsets: torch.Tensor | None = None
         self._window: int | None = None
+        self._pause = 0
+        self._next_pause = 1
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request]) -> torch.Tensor:
         """States float32 [B, L, d] on the CPU of one batch, in the order given.
 
-        The prefix is what the first prompt shares with one of the same image and another text. A batch in which no prompt
-        begins with it (images of another size, in models that tile them) starts a new one.
+        The prefix is what the first prompt shares with a prompt of the same image and another text.
+        A batch in which no prompt begins with it (images of another size, in models that tile them)
+        starts a new one.
+
+        Raises:
+            SteeringError: this context steers the model. Whatever `encode` raises.
         """
-        return self.run(requests, self.encoded(requests))
+        refuse_inside_steering(self.vlm, "capturing states")
+        with self.vlm.lock:
+            return self.run(requests, self.encoded(requests))
 
     def run(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> torch.Tensor:
-        """States of `requests` whose inputs `encoded` gave."""
-        together = [k for k, e in enumerate(encoded) if self._fits(e)]
+        """States of `requests`, whose inputs are those that `encoded` gave."""
+        together = [k for k, inputs in enumerate(encoded) if self._fits(inputs)]
         alone = [k for k in range(len(encoded)) if k not in set(together)]
-        found = torch.empty(len(encoded), self.vlm.n_layers, self.vlm.hidden_size)
+        states = torch.empty(len(encoded), self.vlm.n_layers, self.vlm.hidden_size)
         if together:
-            found[together] = self._suffixes([encoded[k] for k in together])
+            states[together] = self._suffixes([encoded[k] for k in together])
         if alone:
-            found[alone] = self._whole([requests[k] for k in alone])
-        return found
+            states[alone] = self._whole([requests[k] for k in alone])
+        return states
 
     def encoded(self, requests: Sequence[Request]) -> list[Encoded]:
-        """Each request's inputs, one row each, with a prefix made ready that at least one of them begins with where there is one."""
+        """Each request's inputs, one row each; a prefix is made ready where at least one of them
+        begins with one."""
         encoded = [encode(self.vlm, [request]) for request in requests]
-        self._goes_on = len(requests) == 1 and bool(requests[0].before)
-        if self.reason is None and not any(self._fits(e) for e in encoded):
-            self._begin(requests[0], encoded[0])
-            if self.reason is None and len(encoded) > 1 and not any(self._fits(e) for e in encoded[1:]):
-                self._give_up("the prompts of a batch have different images")
-        self.whole_tokens += sum(e["input_ids"].shape[1] for e in encoded)
+        self._in_conversation = len(requests) == 1 and bool(requests[0].before)
+        if self.reason is None and not any(self._fits(inputs) for inputs in encoded):
+            if self._pause > 0:
+                self._pause -= 1
+            else:
+                self._search(requests, encoded)
+        self.whole_tokens += sum(inputs["input_ids"].shape[1] for inputs in encoded)
         return encoded
 
+    def _search(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> None:
+        """Begin a prefix with the first prompt; where it serves no other one, the next batches are
+        run whole."""
+        self.unshared = None
+        self._begin(requests[0], encoded[0])
+        useful = len(encoded) == 1 or any(self._fits(inputs) for inputs in encoded[1:])
+        if self.reason is None and self._ids is not None and not useful:
+            self._forget("the prompts of the batch have different images")
+        if self.unshared is None:
+            self._next_pause = 1
+        else:
+            self._pause = self._next_pause
+            self._next_pause = min(LONGEST_PAUSE, 2 * self._next_pause)
+
     def _begin(self, request: Request, encoded: Encoded) -> None:
-        """Run what `request` shares with others of its image; the first time compare its states with a whole forward."""
-        a = encoded["input_ids"][0]
+        """Run what `request` shares with others of its image; the first time compare its states
+        with a whole forward."""
+        ids = encoded["input_ids"][0]
         other = encode(self.vlm, [replace(request, text=OTHER_TEXT)])
-        b = other["input_ids"][0]
-        shorter = min(len(a), len(b))
-        same = int((a[:shorter] == b[:shorter]).int().cumprod(0).sum())
-        image = (a == self.vlm.image_token_id).nonzero().flatten()
-        length = min(same, len(a) - 1)
-        if length <= (int(image.max()) if len(image) else 0):
-            self._give_up("the prompts differ before the image ends")
-            return
+        other_ids = other["input_ids"][0]
+        shorter = min(len(ids), len(other_ids))
+        same = int((ids[:shorter] == other_ids[:shorter]).int().cumprod(0).sum())
+        image = (ids == self.vlm.image_token_id).nonzero().flatten()
+        length = min(same, len(ids) - 1)
         if len(image) and self.vlm.skippable:
             self._give_up("images enter by cross-attention, not by tokens")
             return
-        self._extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
+        if length <= (int(image.max()) if len(image) else 0):
+            self._forget("the prompts differ before the image ends")
+            return
+        self._constants = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
         self._kept = None
-        self._ids = a[:length].clone()
+        self._ids = ids[:length].clone()
         self.tokens = length
         try:
-            prefix = {k: (v[:, :length] if self._follows_tokens(v, encoded) else v) for k, v in encoded.items()}
-            self._positions(None)
-            self._cache = cache_of(self.backbone(**prefix, use_cache=True))
+            prefix = {
+                k: (v[:, :length] if self._follows_tokens(v, encoded) else v)
+                for k, v in encoded.items()
+            }
+            self._set_offsets(None)
+            self._cache = cache_of(self.backbone(**prefix, use_cache=True, return_dict=True))
             self._offsets = getattr(self.backbone, "rope_deltas", None)
             self.fresh_tokens += length
             self._window = window_of(self._cache)
@@ -137,47 +203,72 @@ class SharedPrefix:
                 self._give_up("the cache holds more than keys and values of attention")
             elif self.difference is None:
                 self._probe(encoded, other)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             if out_of_memory(error):
-                self._ids = None  # the smaller batch that follows begins anew
+                self._ids = None  # the smaller batch that follows begins again
                 raise
-            self._give_up(f"the model does not go on from a cache: {_in_a_line(error)}")
+            self._give_up(f"the model does not continue from a cache: {in_a_line(error)}")
 
     def _give_up(self, reason: str) -> None:
-        self.reason, self._cache, self._ids, self._kept = reason, None, None, None
+        """Run all prompts of this model whole from here on."""
+        self.reason = reason
+        self._drop()
+
+    def _forget(self, reason: str) -> None:
+        """Run this batch whole."""
+        self.unshared = reason
+        self._drop()
+
+    def _drop(self) -> None:
+        self._cache, self._ids, self._kept = None, None, None
 
     def _probe(self, encoded: Encoded, other: Encoded) -> None:
-        """Compare states of `encoded` with a whole forward: packed behind `other`'s, and where that fails in a batch."""
-        whole = capture_inputs(self.vlm, encoded)[0]
-        self.fresh_tokens += encoded["input_ids"].shape[1]
-        tolerance = TOLERANCE.get(self.vlm.model.dtype, HALF_TOLERANCE)
+        """Compare states of `encoded` with a whole forward: packed behind `other`'s, and where that
+        fails in a batch."""
+        reference = self.reference
+        if reference is None or not torch.equal(reference.ids, encoded["input_ids"][0]):
+            reference = Reference(
+                encoded["input_ids"][0], capture_inputs(self.vlm, encoded)[0], torch.empty(0)
+            )
+            self.fresh_tokens += encoded["input_ids"].shape[1]
         self.unpacked = not_packable(self.vlm)
         if self.unpacked is None and not self._in_window([encoded, other]):
             self.unpacked = f"attention sees {self._window} tokens back, which prompts exceed"
         if self.unpacked is None:
             try:
-                self.difference = _distance(self._packed([other, encoded])[1], whole)
-                if self.difference <= tolerance:
+                states = self._packed([other, encoded])[1]
+                self.difference = distance(states, reference.states)
+                if alike(self.vlm, states, reference.states, reference.scale):
                     return
                 self.unpacked = f"states differ by {self.difference:.2%}"
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 if out_of_memory(error):
                     raise
-                self.unpacked = _in_a_line(error)
-        self.difference = _distance(self._padded([encoded])[0], whole)
-        if not self.difference <= tolerance:
-            self._give_up(f"states differ by {self.difference:.2%}: tokens behind the prefix change those inside it")
+                self.unpacked = in_a_line(error)
+        states = self._padded([encoded])[0]
+        self.difference = distance(states, reference.states)
+        if not alike(self.vlm, states, reference.states, reference.scale):
+            self._give_up(
+                f"states differ by {self.difference:.2%}: tokens behind the prefix change those "
+                "inside it"
+            )
 
-    def _positions(self, offsets: torch.Tensor | None) -> None:
-        """Models with multi-axis rotary positions keep their offset behind an image on themselves, from run to run."""
+    def _set_offsets(self, offsets: torch.Tensor | None) -> None:
+        """Models with multi-axis rotary positions keep their offset behind an image themselves,
+        from run to run."""
         if hasattr(self.backbone, "rope_deltas"):
             self.backbone.rope_deltas = offsets
 
     def _follows_tokens(self, value: torch.Tensor, encoded: Encoded) -> bool:
-        return value.dim() == 2 and value.shape[1] == encoded["input_ids"].shape[1] and value.shape[0] == 1
+        return (
+            value.dim() == 2
+            and value.shape[1] == encoded["input_ids"].shape[1]
+            and value.shape[0] == 1
+        )
 
     def _fits(self, encoded: Encoded) -> bool:
-        """Whether this prompt begins with the prefix, with the same image, and goes on behind it."""
+        """Whether this prompt begins with the prefix, with the same image, and is longer than
+        it."""
         if self.reason is not None or self._ids is None:
             return False
         ids = encoded["input_ids"][0]
@@ -185,13 +276,18 @@ class SharedPrefix:
             return False
         if (ids[self.tokens :] == self.vlm.image_token_id).any():
             return False
-        extra = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
-        return extra.keys() == self._extra.keys() and all(torch.equal(v, self._extra[k]) for k, v in extra.items())
+        constants = {k: v for k, v in encoded.items() if not self._follows_tokens(v, encoded)}
+        same_names = constants.keys() == self._constants.keys()
+        return same_names and all(torch.equal(v, self._constants[k]) for k, v in constants.items())
 
     def start_of(self, encoded: Sequence[Encoded]) -> int:
-        """Tokens that are not run again of each of these prompts: the prefix; of a single conversation of several turns all that the last
-        single prompt began with, which leaves of its next turn the new tokens alone. Other prompts' states hang on nothing that ran before."""
-        if len(encoded) == 1 and self._kept is not None and self._goes_on:
+        """Number of first tokens of these prompts that are not run again.
+
+        It is the prefix. Of a single conversation of several turns it is all that the last single
+        prompt began with, which leaves of its next turn the new tokens alone. Other prompts' states
+        depend on nothing that ran before.
+        """
+        if len(encoded) == 1 and self._kept is not None and self._in_conversation:
             length = self._kept.shared_with(encoded[0]["input_ids"][0])
             if length >= self.tokens + KEPT_TOKENS:
                 return length
@@ -203,18 +299,23 @@ class SharedPrefix:
         assert self._kept is not None
         return self._kept.first(start)
 
-    def keep(self, encoded: Sequence[Encoded], cache: Any, spans: Sequence[slice] | None = None) -> None:
-        """Remember a single prompt's keys and values (None: all that `cache` holds); nothing of several."""
+    def keep(
+        self, encoded: Sequence[Encoded], cache: Any, spans: Sequence[slice] | None = None
+    ) -> None:
+        """Keep a single prompt's keys and values (spans None: all that `cache` holds); nothing of
+        several."""
         if len(encoded) == 1 and self._window is None:
             ids = encoded[0]["input_ids"][0].clone()
-            self._kept = Kept(ids, cache, tuple(spans) if spans is not None else (slice(0, len(ids)),))
+            self._kept = Kept(
+                ids, cache, tuple(spans) if spans is not None else (slice(0, len(ids)),)
+            )
 
     def forget(self) -> None:
-        """Drop what is kept of the last prompt."""
+        """Drop the last prompt's keys and values."""
         self._kept = None
 
     def _behind(self, encoded: Encoded, start: int) -> Encoded:
-        """Inputs by token of what stands behind the first `start` tokens: [n] by name."""
+        """Inputs by token behind the first `start` tokens: [n] by name."""
         return {
             name: value[0, start:]
             for name, value in encoded.items()
@@ -229,38 +330,45 @@ class SharedPrefix:
 
     def _in_window(self, encoded: list[Encoded]) -> bool:
         """Whether every layer's attention reaches from the end of each prompt to its beginning."""
-        return self._window is None or max(one["input_ids"].shape[1] for one in encoded) <= self._window
+        longest = max(inputs["input_ids"].shape[1] for inputs in encoded)
+        return self._window is None or longest <= self._window
 
     def packs(self, encoded: Sequence[Encoded]) -> bool:
-        """Whether all of these can be run behind the prefix in one row, beside what stands behind another prefix."""
-        return self.unpacked is None and self._window is None and all(self._fits(one) for one in encoded)
+        """Whether all of these can be run behind the prefix in one row, beside continuations of
+        another prefix."""
+        return self.unpacked is None and self._window is None and all(map(self._fits, encoded))
 
     def continuations(self, encoded: Sequence[Encoded]) -> Continuations:
-        """What stands behind the prefix in each of `encoded`, about to be run packed."""
+        """What follows the prefix in each of `encoded`, about to be run packed."""
         start = self.start_of(encoded)
-        tokens = tuple(self._behind(one, start) for one in encoded)
-        self.fresh_tokens += sum(len(one["input_ids"]) for one in tokens)
-        self._positions(self._offsets)
+        tokens = tuple(self._behind(inputs, start) for inputs in encoded)
+        self.fresh_tokens += sum(len(rest["input_ids"]) for rest in tokens)
+        self._set_offsets(self._offsets)
         return Continuations(self._cache_of(start), start, self._offsets, tokens)
 
     def _packed(self, encoded: list[Encoded]) -> torch.Tensor:
         used: list[Any] | None = [] if len(encoded) == 1 else None
-        found = packed_states(self.vlm, self.backbone, [self.continuations(encoded)], keep=used)[0]
+        states = packed_states(self.vlm, self.backbone, [self.continuations(encoded)], keep=used)[0]
         if used:
             self.keep(encoded, used[0])
-        return found
+        return states
 
     def _padded(self, encoded: list[Encoded]) -> torch.Tensor:
         start = self.start_of(encoded)
-        tokens = [self._behind(one, start) for one in encoded]
-        lengths = [len(one["input_ids"]) for one in tokens]
+        tokens = [self._behind(inputs, start) for inputs in encoded]
+        lengths = [len(rest["input_ids"]) for rest in tokens]
         width, rows = max(lengths), len(encoded)
         inputs = {
-            name: torch.stack([torch.nn.functional.pad(one[name], (0, width - len(one[name]))) for one in tokens])
+            name: torch.stack(
+                [
+                    torch.nn.functional.pad(rest[name], (0, width - len(rest[name])))
+                    for rest in tokens
+                ]
+            )
             for name in tokens[0]
         }
         last = torch.tensor(lengths, device=inputs["input_ids"].device) - 1
-        self._positions(self._offsets)
+        self._set_offsets(self._offsets)
         self.fresh_tokens += rows * width
         with StateHooks(self.vlm, last) as hooks:
             used = expanded(self._cache_of(start), rows)
@@ -274,128 +382,28 @@ class SharedPrefix:
         return capture_inputs(self.vlm, inputs)
 
 
-class PrefixPair:
-    """Text-only and corrupted-image prompts of the same samples; a few tokens behind both prefixes go through in one pass.
-
-    The first such batch is run in both ways; where they disagree the two are run one after the other from then on.
-    """
-
-    def __init__(self, vlm: VLM, text: SharedPrefix, corrupted: SharedPrefix) -> None:
-        self.vlm = vlm
-        self.text = text
-        self.corrupted = corrupted
-        self.apart: str | None = None
-        """Why the two conditions are run one after the other where both could be packed, or None."""
-        self.joint_batches = 0
-        """Batches of which both conditions went through in one pass."""
-        self._probed = False
-        self._held: tuple[Any, Any, Any] = (None, None, None)
-
-    @torch.inference_mode()
-    def states(self, text: Sequence[Request], corrupted: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States float32 [B, L, d] on the CPU of both conditions."""
-        runners, requests = (self.text, self.corrupted), (text, corrupted)
-        encoded = [runner.encoded(some) for runner, some in zip(runners, requests, strict=True)]
-        packs = all(runner.packs(some) for runner, some in zip(runners, encoded, strict=True))
-        if self.apart is None and packs and self._fresh(encoded) <= JOINT_TOKENS:
-            if not self._probed:
-                self._probe([some[:1] for some in encoded])
-            if self.apart is None:
-                h_t, h_c = self._joint(encoded)
-                self.joint_batches += 1
-                return h_t, h_c
-        return self.text.run(text, encoded[0]), self.corrupted.run(corrupted, encoded[1])
-
-    def _fresh(self, encoded: Sequence[Sequence[Encoded]]) -> int:
-        """Tokens that have to be run of both conditions."""
-        runners = (self.text, self.corrupted)
-        starts = [runner.start_of(some) for runner, some in zip(runners, encoded, strict=True)]
-        return sum(
-            one["input_ids"].shape[1] - start for some, start in zip(encoded, starts, strict=True) for one in some
-        )
-
-    def _joint(self, encoded: Sequence[Sequence[Encoded]]) -> list[torch.Tensor]:
-        parts = [self.text.continuations(encoded[0]), self.corrupted.continuations(encoded[1])]
-        used: list[Any] | None = [] if len(encoded[0]) == 1 else None
-        found = packed_states(self.vlm, self.text.backbone, parts, self._side_by_side(parts), keep=used)
-        if used is not None and len(used) == 1:
-            at, behind = 0, sum(part.length for part in parts)
-            for runner, some, part in zip((self.text, self.corrupted), encoded, parts, strict=True):
-                new = len(part.tokens[0]["input_ids"])
-                runner.keep(some, used[0], [slice(at, at + part.length), slice(behind, behind + new)])
-                at, behind = at + part.length, behind + new
-        return found
-
-    def _side_by_side(self, parts: Sequence[Continuations]) -> Any:
-        """The parts' caches in one; that of the two prefixes is made once."""
-        if any(part.length > runner.tokens for part, runner in zip(parts, (self.text, self.corrupted), strict=True)):
-            return side_by_side([part.cache for part in parts])
-        if self._held[0] is not parts[0].cache or self._held[1] is not parts[1].cache:
-            self._held = (parts[0].cache, parts[1].cache, side_by_side([part.cache for part in parts]))
-        return self._held[2]
-
-    def _probe(self, encoded: Sequence[Sequence[Encoded]]) -> None:
-        """Run one prompt of each condition in one pass and in two."""
-        alone = [self.text.run([], encoded[0])[0], self.corrupted.run([], encoded[1])[0]]
-        self.text.forget()
-        self.corrupted.forget()
-        try:
-            joint = self._joint(encoded)
-        except _REFUSALS as error:
-            if out_of_memory(error):
-                raise
-            self.apart = _in_a_line(error)
-            return
-        finally:  # what was kept is of a pass that may turn out wrong
-            self.text.forget()
-            self.corrupted.forget()
-        worst = max(_distance(found[0], expected) for found, expected in zip(joint, alone, strict=True))
-        if not worst <= TOLERANCE.get(self.vlm.model.dtype, HALF_TOLERANCE):
-            self.apart = f"states differ by {worst:.2%}"
-        self._probed = True
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(states: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest distance over layers of states [L, d], over the expected state's norm."""
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
+    return float(((states - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
 
 
-def _in_a_line(error: BaseException) -> str:
+def alike(vlm: VLM, states: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether states [L, d] are those expected, relative to the state and to the difference that is
+    measured.
+
+    `scale` is float32 [L]: |h_t - h_c| of each layer; empty where it is not known.
+    """
+    dtype = vlm.model.dtype
+    if not distance(states, expected) <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+        return False
+    if not len(scale):
+        return True
+    error = (states - expected).norm(dim=-1)
+    allowed = SHIFT_TOLERANCE.get(dtype, HALF_SHIFT_TOLERANCE) * scale
+    return bool((error <= allowed + 1e-6 * expected.norm(dim=-1)).all())
+
+
+def in_a_line(error: BaseException) -> str:
+    """Class and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def backbone_of(vlm: VLM) -> Callable[..., Any]:
-    """The model without its `lm_head`, where transformers keeps the two apart; otherwise the whole model."""
-    inner = getattr(vlm.model, "model", None)
-    if (
-        inner is None
-        or not hasattr(vlm.model, "lm_head")
-        or "input_ids" not in inspect.signature(inner.forward).parameters
-    ):
-        whole: Callable[..., Any] = vlm.model
-        return whole
-    found: Callable[..., Any] = inner
-    return found
-
-
-def shared_pair(vlm: VLM, corruption: str) -> PrefixPair:
-    """The pair that `vlm` keeps for text-only beside one corruption; a new one when the model's weights have changed since it was made."""
-    state = _weights_state(vlm)
-    if vlm.memo.get("prefix weights") != state:
-        for name in [name for name in vlm.memo if name.startswith("prefix ")]:
-            del vlm.memo[name]
-        vlm.memo["prefix weights"] = state
-    if "prefix query" not in vlm.memo:
-        vlm.memo["prefix query"] = SharedPrefix(vlm)
-    name = f"prefix pair {corruption}"
-    if name not in vlm.memo:
-        vlm.memo[name] = PrefixPair(vlm, vlm.memo["prefix query"], SharedPrefix(vlm))
-    pair: PrefixPair = vlm.memo[name]
-    return pair
-
-
-def _weights_state(vlm: VLM) -> tuple[int, int]:
-    """Changes when parameters are added, removed, or written in place."""
-    parameters = list(vlm.model.parameters())
-    return len(parameters), sum(0 if p.is_inference() else p._version for p in parameters)
