@@ -1,6 +1,15 @@
-"""Where samples come from: files and hub data by a column map, and named sets with their official layout."""
+"""What is asked: samples of files, hub data and named sets, their splits, and their conditions."""
 
-from cmrm.prompts.loading import Loaded, Skipped, load_samples
 from cmrm.prompts.catalogue import NAMED, NamedSet
+from cmrm.prompts.loading import Loaded, Skipped, load_samples, refuse_unratable
+from cmrm.prompts.named_sets import load_named
 
-__all__ = ["NAMED", "Loaded", "NamedSet", "Skipped", "load_samples"]
+__all__ = [
+    "NAMED",
+    "Loaded",
+    "NamedSet",
+    "Skipped",
+    "load_named",
+    "load_samples",
+    "refuse_unratable",
+]

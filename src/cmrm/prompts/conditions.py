@@ -1,4 +1,4 @@
-"""How a sample is put to the model: the paper's five conditions, and further corruptions of the image.
+"""How a sample is put to the model: the paper's five conditions, and further corrupted images.
 
 The five input conditions (Liu et al., arXiv 2410.09047, section 2):
 
@@ -6,11 +6,11 @@ The five input conditions (Liu et al., arXiv 2410.09047, section 2):
 |---|---|---|---|
 | original | query | the sample's | what is deployed |
 | blank | query | plain white | corrupted image: the modality without meaning |
-| noise | query | Gaussian noise, N(127.5, 64) a channel, clipped, seeded | corrupted image, second kind |
+| noise | query | noise N(127.5, 64) a channel, clipped, seeded | corrupted image, second kind |
 | caption | caption, newline, query | none | text only, the image's meaning kept |
 | query | query | none | text only |
 
-Further corrupted images, to compare what each does to the shift (the paper uses blank and noise):
+Further corrupted images, to compare what each does to the shift (the paper has blank and noise):
 
 | condition | image |
 |---|---|
@@ -21,15 +21,15 @@ Further corrupted images, to compare what each does to the shift (the paper uses
 | shuffle | an 8 x 8 grid of patches in seeded random order: colours and local texture stay |
 | other | the image of another sample of the same set, seeded: a meaning, but the wrong one |
 
-A corrupted image has its original's size, and the same seed and sample id give the same pixels on any machine. A sample
-with several images has each of them corrupted.
+A corrupted image has the size of the original. The same seed and sample id give the same pixels on
+any machine. Of a sample with several images each is corrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import count
 from typing import Literal
@@ -39,6 +39,7 @@ from PIL import Image, ImageFilter
 
 from cmrm.errors import InputError
 from cmrm.prompts.sample import Sample, open_images
+from cmrm.prompts.text import shortened
 
 NOISE_MEAN = 127.5
 NOISE_STD = 64.0
@@ -70,7 +71,11 @@ class Condition(StrEnum):
 FIVE = (Condition.ORIGINAL, Condition.BLANK, Condition.NOISE, Condition.CAPTION, Condition.QUERY)
 """The paper's conditions."""
 
-PLAIN_COLOURS = {Condition.BLANK: (255, 255, 255), Condition.BLACK: (0, 0, 0), Condition.GREY: (128, 128, 128)}
+PLAIN_COLOURS = {
+    Condition.BLANK: (255, 255, 255),
+    Condition.BLACK: (0, 0, 0),
+    Condition.GREY: (128, 128, 128),
+}
 """RGB of the plain images."""
 
 CORRUPTED = tuple(c for c in Condition if c.has_image and c is not Condition.ORIGINAL)
@@ -82,98 +87,132 @@ class Turn:
     """One earlier turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    """Who speaks."""
+    """Whose turn it is."""
     text: str
-    """What is said."""
+    """The text of the turn."""
     images: tuple[Image.Image, ...] = ()
-    """RGB, before the text."""
+    """RGB images, before the text."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is put before the chat template: a user turn, and what was said before it."""
+    """What the chat template is filled with: a user's turn, and the turns before it."""
 
     text: str
     """The turn's text."""
     images: tuple[Image.Image, ...] = ()
-    """RGB; empty for text-only."""
+    """RGB images; empty for text only."""
     image_last: bool = False
-    """Images behind the text instead of before it."""
+    """Whether the images stand after the text instead of before it."""
     before: tuple[Turn, ...] = ()
-    """Turns of the conversation before this one: a system turn, earlier questions and replies."""
+    """Earlier turns of the conversation: a system turn, questions and replies."""
+    id: str = field(default="", compare=False)
+    """The id of the sample that is asked, for messages; two requests are equal without it."""
 
     @property
     def all_images(self) -> tuple[Image.Image, ...]:
-        """The conversation's images in the order of its turns."""
+        """The images of the conversation in the order of its turns."""
         return (*(image for turn in self.before for image in turn.images), *self.images)
 
     def without_images(self) -> Request:
         """The same conversation as text alone."""
-        return replace(self, images=(), before=tuple(replace(turn, images=()) for turn in self.before))
+        before = tuple(replace(turn, images=()) for turn in self.before)
+        return replace(self, images=(), before=before)
 
     def corrupted(self, condition: Condition, *, seed: int, key: str) -> Request:
-        """The same conversation, each of its images corrupted; the first one's noise is drawn for `key`."""
-        keys = (key if k == 0 else f"{key}\x00{k}" for k in count())
+        """The same conversation with each of its images corrupted.
 
-        def changed(images: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
+        Args:
+            condition: one of `CORRUPTED`, but not `other`.
+            seed: seed of noise and shuffle.
+            key: what the first image is drawn for, such as the sample's id.
+        """
+        keys = (key if number == 0 else f"{key}\0{number}" for number in count())
+
+        def corrupted_images(images: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
             return tuple(corrupt(image, condition, seed=seed, key=next(keys)) for image in images)
 
-        before = tuple(replace(turn, images=changed(turn.images)) for turn in self.before)
-        return replace(self, images=changed(self.images), before=before)
+        before = tuple(replace(turn, images=corrupted_images(turn.images)) for turn in self.before)
+        return replace(self, images=corrupted_images(self.images), before=before)
 
 
 def build_request(
-    sample: Sample, condition: Condition | str, *, seed: int = 0, donors: Mapping[str, Sample] | None = None
+    sample: Sample,
+    condition: Condition | str,
+    *,
+    seed: int = 0,
+    donors: Mapping[str, Sample] | None = None,
 ) -> Request:
-    """`sample` under `condition`; `donors` (from `choose_donors`) is needed by the condition `other` alone.
+    """The request of a sample under a condition.
+
+    Args:
+        sample: what is asked.
+        condition: how it is put.
+        seed: seed of noise and shuffle.
+        donors: sample id -> the sample that lends its image (`choose_donors`); for `other` alone.
 
     Raises:
-        InputError: the condition is unknown, or needs an image, a caption or another sample that is not there.
+        InputError: the condition is unknown, or needs an image, a caption or another sample that
+            is missing.
     """
     try:
         condition = Condition(condition)
     except ValueError:
-        raise InputError(f"unknown condition {condition!r}; one of {', '.join(Condition)}") from None
+        raise InputError(
+            f"unknown condition {shortened(condition)!r}; one of {', '.join(Condition)}"
+        ) from None
     if condition is Condition.QUERY:
-        return Request(sample.query)
+        return Request(sample.query, id=sample.id)
     if condition is Condition.CAPTION:
         if not sample.caption:
-            raise InputError(f"sample {sample.id!r} has no caption, which the caption condition needs")
-        return Request(f"{sample.caption}\n{sample.query}")
+            raise InputError(f"{sample.owner} has no caption, which the caption condition needs")
+        return Request(f"{sample.caption}\n{sample.query}", id=sample.id)
     images = open_images(sample)
     if condition is Condition.OTHER:
         if donors is None or sample.id not in donors:
             raise InputError(
-                f"sample {sample.id!r}: the condition 'other' takes its image from another sample of a set"
+                f"{sample.owner}: the condition 'other' takes its image from another sample of a "
+                "set"
             )
         donated = open_images(donors[sample.id])[0]
         images = tuple(donated.resize(image.size) for image in images)
-    elif condition is not Condition.ORIGINAL:
-        return Request(sample.query, images, sample.image_last).corrupted(condition, seed=seed, key=sample.id)
-    return Request(sample.query, images, sample.image_last)
+    request = Request(sample.query, images, sample.image_last, id=sample.id)
+    if condition in {Condition.ORIGINAL, Condition.OTHER}:
+        return request
+    return request.corrupted(condition, seed=seed, key=sample.id)
 
 
-def build_requests(samples: Sequence[Sample], condition: Condition | str, *, seed: int = 0) -> Iterator[Request]:
-    """`build_request` over a whole set, in order, each as it is asked for; the set's own images are `other`'s donors."""
+def build_requests(
+    samples: Sequence[Sample], condition: Condition | str, *, seed: int = 0
+) -> Iterator[Request]:
+    """`build_request` over a whole set, lazily and in order; `other` takes images of this set."""
     donors = choose_donors(samples, seed=seed) if condition == Condition.OTHER else None
     for sample in samples:
         yield build_request(sample, condition, seed=seed, donors=donors)
 
 
 def choose_donors(samples: Sequence[Sample], *, seed: int = 0) -> dict[str, Sample]:
-    """For each sample with an image another one that lends it its own: the next in an order shuffled by `seed`.
+    """Sample id -> another sample that lends its image: the next in an order shuffled by `seed`.
 
     Raises:
         InputError: fewer than two samples have an image.
     """
-    ring = sorted((s for s in samples if s.image is not None), key=lambda s: _digest(seed, s.id))
+    ring = sorted(
+        (sample for sample in samples if sample.image is not None),
+        key=lambda sample: _digest(seed, sample.id),
+    )
     if len(ring) < 2:
-        raise InputError(f"the condition 'other' needs at least 2 samples with an image, {len(ring)} were given")
-    return {sample.id: ring[(k + 1) % len(ring)] for k, sample in enumerate(ring)}
+        raise InputError(
+            f"the condition 'other' needs at least 2 samples with an image; there are {len(ring)}"
+        )
+    return {sample.id: ring[(place + 1) % len(ring)] for place, sample in enumerate(ring)}
 
 
 def corrupt(image: Image.Image, condition: Condition, *, seed: int, key: str) -> Image.Image:
-    """`image` (RGB) corrupted, same size; `seed` and `key` decide noise and shuffle. Not for `original` and `other`."""
+    """An RGB image corrupted, of the same size. Not for `original` and `other`.
+
+    `seed` and `key` decide noise and shuffle.
+    """
     if condition is Condition.NOISE:
         return noise_image(image.size, seed=seed, key=key)
     if condition is Condition.BLUR:
@@ -181,29 +220,36 @@ def corrupt(image: Image.Image, condition: Condition, *, seed: int, key: str) ->
     if condition is Condition.SHUFFLE:
         return shuffle_patches(image, seed=seed, key=key)
     if condition is Condition.MEAN:
-        red, green, blue = (int(v) for v in np.asarray(image, dtype=np.float64).mean(axis=(0, 1)).round())
+        means = np.asarray(image, dtype=np.float64).mean(axis=(0, 1)).round()
+        red, green, blue = (int(level) for level in means)
         return Image.new("RGB", image.size, (red, green, blue))
     return Image.new("RGB", image.size, PLAIN_COLOURS[condition])
 
 
 def noise_image(size: tuple[int, int], *, seed: int, key: str) -> Image.Image:
-    """Gaussian noise, N(127.5, 64) a channel, clipped to 0..255; size is (width, height) in pixels."""
+    """Gaussian noise, N(127.5, 64) a channel, clipped to 0..255; size is (width, height)."""
     values = _generator(seed, key).normal(NOISE_MEAN, NOISE_STD, (size[1], size[0], 3))
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), "RGB")
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def shuffle_patches(image: Image.Image, *, seed: int, key: str) -> Image.Image:
-    """Patches of an 8 x 8 grid in random order (fewer where the image is smaller); a remainder at the edge stays."""
+    """Patches of an 8 x 8 grid (fewer in a small image) in random order; the edge's rest stays."""
     pixels = np.asarray(image).copy()
     rows, columns = min(SHUFFLE_GRID, image.height), min(SHUFFLE_GRID, image.width)
-    high, wide = image.height // rows, image.width // columns
+    height, width = image.height // rows, image.width // columns
     places = [
-        (slice(r * high, (r + 1) * high), slice(c * wide, (c + 1) * wide)) for r in range(rows) for c in range(columns)
+        (
+            slice(row * height, (row + 1) * height),
+            slice(column * width, (column + 1) * width),
+        )
+        for row in range(rows)
+        for column in range(columns)
     ]
     patches = [pixels[place].copy() for place in places]
-    for place, source in zip(places, _generator(seed, key).permutation(len(places)), strict=True):
+    order = _generator(seed, key).permutation(len(places))
+    for place, source in zip(places, order, strict=True):
         pixels[place] = patches[source]
-    return Image.fromarray(pixels, "RGB")
+    return Image.fromarray(pixels)
 
 
 def _generator(seed: int, key: str) -> np.random.Generator:
@@ -211,4 +257,4 @@ def _generator(seed: int, key: str) -> np.random.Generator:
 
 
 def _digest(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}\x00{key}".encode()).digest()
+    return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()

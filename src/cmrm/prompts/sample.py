@@ -1,24 +1,23 @@
-"""Samples: a query, its image, its caption. Images are opened here, and only here."""
+"""A sample: what is asked, its images, and its content identity."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from cmrm.errors import InputError
-
-Picture = Image.Image | Path | str | bytes
-"""A PIL image, the path of an image file, or such a file's content."""
+from cmrm.prompts.images import Picture, open_picture, picture_digest
+from cmrm.prompts.text import normalised, shortened
 
 Match = Literal["exact", "letter", "yes_no", "judge"]
-"""`exact`: case, white space and a final full stop aside; `letter`: the option's letter that the reply begins with; `yes_no`: the
-first sentence says yes or no; `judge`: a judge rates the reply beside the answer."""
+"""How a reply is compared with the answer.
+
+`exact`: equal, apart from case, white space and a final full stop. `letter`: the reply begins with
+the option's letter. `yes_no`: the first sentence says yes or no. `judge`: a judge rates the reply
+beside the answer."""
 
 
 @dataclass(frozen=True)
@@ -26,121 +25,77 @@ class Sample:
     """One request to a VLM."""
 
     id: str
-    """Unique within its set; seeds the noise of the `noise` condition and decides the split."""
+    """Unique within its set; seeds the noise of the `noise` condition."""
     query: str
     """The request as text."""
     image: Picture | tuple[Picture, ...] | None = None
-    """The image it is asked about, or a tuple of several. None: the sample has only text conditions."""
+    """The image it is asked about, or a tuple of several. None: the sample is text only."""
     caption: str | None = None
-    """The image told in words, for the `caption` condition."""
+    """A description of the image, for the `caption` condition."""
     category: str | None = None
-    """Harm category or topic, for stratified tables."""
+    """Harm category or topic, for tables by category."""
     label: str | None = None
-    """What the sample is: `harmful`, `benign`, or a set's own word."""
+    """`harmful`, `benign`, or a set's own word."""
     answer: str | None = None
     """The reference answer, where the set has one."""
     image_last: bool = False
-    """Put the image behind the query instead of before it."""
+    """Whether the image stands after the query instead of before it."""
     match: Match = "exact"
     """How a reply is compared with `answer`."""
     context: str | None = None
-    """What a judge that sees no image is told of it."""
+    """A description of the image for a judge that sees none."""
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The images, unopened; empty for a sample without."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def owner(self) -> str:
+        """The sample's name in messages."""
+        return f"sample {shortened(self.id)!r}"
 
 
 def open_images(sample: Sample) -> tuple[Image.Image, ...]:
-    """The sample's images as RGB, upright according to their EXIF orientation; at least one.
+    """The sample's images as RGB, at least one; see `images.open_picture`.
 
     Raises:
-        InputError: the sample has no image, or the file is missing, broken or too large to be opened safely.
+        InputError: the sample has no image, or one cannot be opened.
     """
+    _check_pictures(sample)
+    return tuple(open_picture(picture, sample.owner) for picture in sample.pictures)
+
+
+def image_digests(sample: Sample) -> tuple[str, ...]:
+    """`images.image_digest` of each of the sample's images, at least one.
+
+    Raises:
+        InputError: the sample has no image, or one cannot be opened.
+    """
+    _check_pictures(sample)
+    return tuple(picture_digest(picture, sample.owner) for picture in sample.pictures)
+
+
+def content_key(sample: Sample) -> str:
+    """The content identity of a sample: hex sha256 over its normalised query and its images.
+
+    Two samples with the same key ask the same, whatever their ids, their spelling of white space
+    and case, and the format of their image files.
+
+    Raises:
+        InputError: an image cannot be opened.
+    """
+    digests = image_digests(sample) if sample.pictures else ()
+    content = "\0".join((normalised(sample.query), *digests))
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_pictures(sample: Sample) -> None:
     if sample.image is None:
-        raise InputError(f"sample {sample.id!r} has no image; give it one, or use the text-only conditions")
-    held = sample.image if isinstance(sample.image, tuple) else (sample.image,)
-    if not held:
-        raise InputError(f"sample {sample.id!r} has an empty tuple of images; give it one, or None")
-    return tuple(open_picture(image, f"sample {sample.id!r}") for image in held)
-
-
-def open_picture(image: Picture, whose: str) -> Image.Image:
-    """One image as RGB, upright according to its EXIF orientation; `whose` begins an error's message.
-
-    Raises:
-        InputError: the file is missing, broken or too large to be opened safely.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    path = "its image" if isinstance(image, bytes) else Path(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            return upright.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{whose}: there is no image at {path}") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{whose}: {path} is too large to be opened safely: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{whose}: {path} cannot be read as an image: {error}") from None
-
-
-def check_unique(samples: Sequence[Sample]) -> None:
-    """Raise `InputError` when two samples share an id: seeds, splits and results hang on it."""
-    members = SetHash()
-    for sample in samples:
-        members.add(sample)
-
-
-def split_by_hash(samples: Iterable[Sample], share: float, *, salt: str = "cmrm") -> tuple[list[Sample], list[Sample]]:
-    """Split into (first part, rest), the first with about `share` of the samples.
-
-    A sample's side depends on its id and `salt` alone, so it stays when the set grows or is put in another order.
-
-    Raises:
-        InputError: `share` is not within 0..1.
-    """
-    if not 0.0 <= share <= 1.0:
-        raise InputError(f"share is {share}; it is a part of the whole, between 0 and 1")
-    first: list[Sample] = []
-    rest: list[Sample] = []
-    for sample in samples:
-        digest = hashlib.sha256(f"{salt}\x00{sample.id}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        (first if place < share else rest).append(sample)
-    return first, rest
-
-
-class SetHash:
-    """Identifies a set of samples by ids and queries, whatever their order, one sample at a time.
-
-    The sum of the samples' sha256 digests modulo 2^256. Also refuses a repeated id: seeds, splits and results hang on ids.
-    """
-
-    def __init__(self) -> None:
-        self.value = 0
-        self.count = 0
-        self._seen: set[int] = set()
-
-    def add(self, sample: Sample) -> None:
-        """Take in one more sample.
-
-        Raises:
-            InputError: a sample of this id was taken in before.
-        """
-        key = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
-        if key in self._seen:
-            raise InputError(f"two samples have the id {sample.id!r}; ids must be unique within a set")
-        self._seen.add(key)
-        digest = hashlib.sha256(f"{sample.id}\x00{sample.query}".encode()).digest()
-        self.value = (self.value + int.from_bytes(digest, "big")) % 2**256
-        self.count += 1
-
-    def hexdigest(self) -> str:
-        """64 hex digits."""
-        return f"{self.value:064x}"
-
-
-def set_hash(samples: Iterable[Sample]) -> str:
-    """`SetHash` of all of `samples`."""
-    found = SetHash()
-    for sample in samples:
-        found.add(sample)
-    return found.hexdigest()
+        raise InputError(
+            f"{sample.owner} has no image; give it one, or use the text-only conditions"
+        )
+    if not sample.pictures:
+        raise InputError(f"{sample.owner} has an empty tuple of images; give it one, or None")
