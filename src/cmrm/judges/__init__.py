@@ -1,19 +1,32 @@
-"""Judges say whether a reply refuses. They never guess: what cannot be judged is `unscored`."""
+"""Judges decide whether a reply refuses. They never guess: what they cannot tell is `unscored`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cmrm.judges.base import Judge, Verdict
+from cmrm.errors import InputError
+from cmrm.judges.base import Judge, Judgement, ReasonedJudge, Verdict, assessed, safely
 from cmrm.judges.keyword import KeywordJudge
 
 if TYPE_CHECKING:
     from cmrm.judges.ensemble import EnsembleJudge, RegressionJudge
 
 __all__ = [
-    "EnsembleJudge", "Judge", "KeywordJudge", "RegressionJudge", "Verdict", "judge_maker", "judge_model", "judge_names", "make_judge",
-]  # fmt: skip
+    "EnsembleJudge",
+    "Judge",
+    "Judgement",
+    "KeywordJudge",
+    "ReasonedJudge",
+    "RegressionJudge",
+    "Verdict",
+    "assessed",
+    "judge_maker",
+    "judge_model",
+    "judge_names",
+    "make_judge",
+    "safely",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -36,35 +49,40 @@ def _regression() -> Judge:
     return RegressionJudge()
 
 
-_PLAIN: dict[str, Callable[[], Judge]] = {"keyword": KeywordJudge, "regression": _regression, "ensemble": _ensemble}
+_PLAIN: dict[str, Callable[[], Judge]] = {
+    "keyword": KeywordJudge,
+    "regression": _regression,
+    "ensemble": _ensemble,
+}
 
 
 def judge_names() -> list[str]:
-    """What `make_judge` takes."""
+    """Forms of a name that `make_judge` takes."""
     return [*_PLAIN, "guard:KIND=MODEL", "chat:MODEL", "openai:MODEL@URL"]
 
 
 def make_judge(name: str) -> Judge:
-    """A judge by name.
+    """The judge of a name.
 
-    `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like (`judges.guard.KINDS`) for a guard model, and
-    `chat:PATH` for a chat model with a rubric (`judges.local`), both from a folder or hub id; `openai:MODEL@http://host:port/v1` for any
-    endpoint of OpenAI's protocol (`judges.endpoint`).
+    `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like for a guard
+    (`judges.guard.KINDS`), `chat:PATH` for a chat model with a rubric (`judges.local`), both from
+    a folder or hub id; `openai:MODEL@http://host:port/v1` for an endpoint of OpenAI's
+    protocol (`judges.endpoint`).
 
     Raises:
-        InputError: the name is unknown, or what it names cannot be used. ModelError: a model cannot be loaded.
+        InputError: the name is unknown, or what it names cannot be used.
+        ModelError: a model cannot be loaded.
+        MissingExtraError: the judge needs a library that is not installed.
     """
     return judge_maker(name)()
 
 
 def judge_maker(name: str) -> Callable[[], Judge]:
-    """What makes the judge of a name; the name is looked at, and no model is loaded yet.
+    """The function that makes the judge of a name. The name is checked, no model is loaded yet.
 
     Raises:
         InputError: the name is unknown, or has another form.
     """
-    from cmrm.errors import InputError
-
     if name in _PLAIN:
         return _PLAIN[name]
     kind, _, rest = name.partition(":")
@@ -81,8 +99,8 @@ def judge_maker(name: str) -> Callable[[], Judge]:
     if kind == "openai" and rest:
         from cmrm.judges.endpoint import EndpointJudge
 
-        made = EndpointJudge.named(rest)
-        return lambda: made
+        judge = EndpointJudge.named(rest)
+        return lambda: judge
     raise InputError(f"unknown judge {name!r}; one of {', '.join(judge_names())}")
 
 

@@ -1,4 +1,4 @@
-"""Models that judge in this process: how they are loaded and asked. On an accelerator where there is one."""
+"""Models that judge in this process: how they are loaded and asked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from safetensors import SafetensorError
 
 from cmrm.errors import InputError, ModelError
-from cmrm.judges.rubrics import RubricJudge
+from cmrm.judges.quoting import defused
+from cmrm.judges.rubrics import ModelAnswer, RubricJudge, rubric_named
 
 
 @cache
 def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
-    """A model from a folder or hub id, and its tokenizer; with `vision` an image-text-to-text model and its processor. Loaded once in this
-    process, whatever it is asked.
+    """A model from a folder or hub id, and its tokenizer; loaded once in a process.
+
+    With `vision` an image-text-to-text model and its processor. It is placed on the accelerators
+    where there are some.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -24,38 +27,50 @@ def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
     from cmrm.model.compat import mend_torchvision
 
     mend_torchvision()
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    import transformers
 
-    placed = {"device_map": "auto"} if torch.accelerator.is_available() else {}
+    options = {"device_map": "auto"} if torch.accelerator.is_available() else {}
+    loader = (
+        transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    )
     try:
-        tokenizer = (AutoProcessor if vision else AutoTokenizer).from_pretrained(source)
-        model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
-            source, dtype="auto", **placed
-        )
+        reader = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+        tokenizer = reader.from_pretrained(source)
+        model = loader.from_pretrained(source, dtype="auto", **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the judge {source}: {said}") from error
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the judge {source}: {cause}") from error
     return model, tokenizer
 
 
 @torch.inference_mode()
-def answered(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
-    """What the model says behind `inputs` (one row, on its device), greedy; `tokenizer` is the bare one."""
-    out = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
-    )  # fmt: skip
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+def generate_answer(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> ModelAnswer:
+    """The greedy answer to `inputs` (a single row, on the model's device)."""
+    padding = tokenizer.pad_token_id
+    ids = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False,
+        pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+    )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    cut = len(ids) >= max_new_tokens and int(ids[-1]) not in ends
+    return ModelAnswer(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), cut)
 
 
 class ChatJudge(RubricJudge):
-    """`chat:MODEL` or `chat:MODEL#strongreject`: a chat model from a folder or hub id, such as the Llama-3-8B-Instruct that judges in
-    the CMRM paper (arXiv 2410.09047), with no server in between."""
+    """`chat:MODEL` or `chat:MODEL#strongreject`: a chat model from a folder or hub id.
 
-    def __init__(self, model: Any, tokenizer: Any, *, source: str = "", rubric: str = "engages") -> None:
-        """`model`: a transformers model that generates; `tokenizer`: its tokenizer, with a chat template.
+    It needs no server. The CMRM paper (arXiv 2410.09047) judges so, with Llama-3-8B-Instruct.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, source: str = "", rubric: str = "engages"
+    ) -> None:
+        """`model`: a transformers model; `tokenizer`: its tokenizer, with a chat template.
 
         Raises:
-            ModelError: the tokenizer has none.
+            InputError: the rubric is unknown.
+            ModelError: the tokenizer has no chat template.
         """
         super().__init__(rubric)
         self.name = f"chat:{source}#{rubric}"
@@ -65,37 +80,36 @@ class ChatJudge(RubricJudge):
 
     @classmethod
     def named(cls, rest: str) -> ChatJudge:
-        """From what follows `chat:`.
+        """The judge that the text behind `chat:` names.
 
         Raises:
-            InputError: the rubric is unknown. ModelError: the model cannot be loaded.
+            InputError: the rubric is unknown.
+            ModelError: the model cannot be loaded.
         """
         source, rubric = chat_source(rest)
         model, tokenizer = load_judge_model(source)
         return cls(model, tokenizer, source=source, rubric=rubric)
 
-    def ask(self, question: str, max_tokens: int) -> str:
-        """What it answers, greedy."""
-        turns = [{"role": "user", "content": question}]
-        held = self.tokenizer.apply_chat_template(
+    def ask(self, question: str, max_tokens: int) -> ModelAnswer:
+        """The model's greedy answer."""
+        special = getattr(self.tokenizer, "all_special_tokens", [])
+        turns = [{"role": "user", "content": defused(question, special)}]
+        inputs = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
-        return answered(self.model, self.tokenizer, held, max_tokens)
+        return generate_answer(self.model, self.tokenizer, inputs, max_tokens)
 
 
 def chat_source(rest: str) -> tuple[str, str]:
-    """Model and rubric that what follows `chat:` names.
+    """Model and rubric that the text behind `chat:` names.
 
     Raises:
         InputError: no model is named, or the rubric is unknown.
     """
-    from cmrm.judges.rubrics import RUBRICS
-
     source, mark, rubric = rest.rpartition("#")
     if not mark or Path(rest).exists():
         source, rubric = rest, "engages"
     if not source:
         raise InputError(f"chat:{rest} is no chat:MODEL")
-    if rubric not in RUBRICS:
-        raise InputError(f"unknown rubric {rubric!r}; one of {', '.join(RUBRICS)}")
+    rubric_named(rubric)
     return source, rubric

@@ -1,49 +1,51 @@
-"""What an image costs a model on a set: rates per condition, and the shift of its representations."""
+"""What an image costs a model on a set: rates by condition, and the shift of its states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from cmrm.shift.artifact import ShiftVectors, library_versions
-from cmrm.model.batching import in_batches
-from cmrm.shift.capture import capture_inputs
-from cmrm.prompts.conditions import CORRUPTED, FIVE, Condition, build_request, choose_donors
+from cmrm.defenses import Defense, make_defense
+from cmrm.defenses.cmrm import CmrmDataset
+from cmrm.engines.base import Decoding
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import InputError
-from cmrm.measure.rates import verdict_rate
-from cmrm.engines.transformers import Generation, generate
-from cmrm.measure.geometry import compare_shifts, distances
-from cmrm.judges import KeywordJudge, Verdict
-from cmrm.model.vlm import VLM, encode
+from cmrm.judges import Judge, KeywordJudge
+from cmrm.measure.environment import machine_info, model_info, shift_info, versions_info
+from cmrm.measure.examples import examples_of
+from cmrm.measure.geometry import compare_shifts, represent
+from cmrm.measure.loop import Answering, measure_cell
+from cmrm.measure.outcomes import Cell
+from cmrm.measure.schema import checked
+from cmrm.measure.store import ReplyStore
+from cmrm.measure.table import results_of
+from cmrm.prompts import Loaded, refuse_unratable
+from cmrm.prompts.conditions import CORRUPTED, FIVE, Condition
+from cmrm.prompts.labels import LABELS
 from cmrm.prompts.sample import Sample
-from cmrm.prompts import Loaded
-from cmrm.steering.hooks import Steering
-
-SCHEMA = "cmrm-diagnosis/1"
-LABELS = ("harmful", "benign")
+from cmrm.shift.artifact import ShiftVectors
+from cmrm.steering.setting import Steering
 
 
 def possible_conditions(samples: Sequence[Sample]) -> tuple[list[Condition], dict[str, str]]:
-    """The paper's conditions that every sample can be put under, and for the others why not."""
-    without_image = sum(s.image is None for s in samples)
-    without_caption = sum(not s.caption for s in samples)
+    """The paper's conditions that every sample can be put under; for the others the reason."""
+    without_image = sum(sample.image is None for sample in samples)
+    without_caption = sum(not sample.caption for sample in samples)
     possible, left_out = [], {}
     for condition in FIVE:
         if condition.has_image and without_image:
             left_out[condition.value] = f"{without_image} of {len(samples)} samples have no image"
         elif condition is Condition.CAPTION and without_caption:
-            left_out[condition.value] = f"{without_caption} of {len(samples)} samples have no caption"
+            left_out[condition.value] = (
+                f"{without_caption} of {len(samples)} samples have no caption"
+            )
         else:
             possible.append(condition)
     return possible, left_out
 
 
 def corruptions_named(names: str | None) -> list[Condition]:
-    """`all`, or a comma list of corruptions, as conditions; none for None.
+    """`all`, or a comma list of corruptions, as conditions; empty for None.
 
     Raises:
         InputError: a name is no corruption.
@@ -52,145 +54,127 @@ def corruptions_named(names: str | None) -> list[Condition]:
         return []
     if names == "all":
         return list(CORRUPTED)
-    wrong = [n for n in names.split(",") if n not in CORRUPTED]
+    listed = [name.strip() for name in names.split(",")]
+    wrong = [name for name in listed if name not in CORRUPTED]
     if wrong:
-        raise InputError(f"unknown corruption {', '.join(wrong)}; one of {', '.join(CORRUPTED)}, or all")
-    return [Condition(n) for n in names.split(",")]
+        known = ", ".join(CORRUPTED)
+        raise InputError(f"unknown corruption {', '.join(wrong)}; one of {known}, or all")
+    return [Condition(name) for name in listed]
+
+
+def steered_by(shift: ShiftVectors, steering: Steering | None = None) -> Defense:
+    """CMRM at dataset level with an artifact's vectors; its recommended setting when None."""
+    defense = CmrmDataset(**(steering or shift.recommended).to_json())
+    defense.use(shift)
+    return defense
 
 
 def diagnose(
-    vlm: VLM,
+    engine: TransformersEngine,
     loaded: Loaded,
     *,
+    judges: Mapping[str, Judge] | None = None,
     corruptions: Sequence[Condition] = (),
     shift: ShiftVectors | None = None,
     steering: Steering | None = None,
+    store: ReplyStore | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 48,
     seed: int = 0,
-    label: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-    """Rates and shift of one model on one set, as a JSON object (schema `cmrm-diagnosis/1`, docs/results-schema.md).
+    """Rates and shift of one model on one set, in the form of `measure.schema.Results`.
 
-    Samples labelled `harmful` count towards `unsafe`, those labelled `benign` towards `over_refusal`; both by the keyword
-    judge, with 95 % Wilson intervals, n and unscored. `label` is what samples without either label are. With
-    `corruptions` each one's mean shift is compared with blank's, and replies are generated under it too. With `shift` the
-    original condition is run steered as well.
+    Harmful samples count towards `unsafe`, benign ones towards `over_refusal`, those with an answer
+    towards `accuracy`.
+
+    Args:
+        engine: where the model runs.
+        loaded: the set.
+        judges: by name; the keyword judge when None.
+        corruptions: further corrupted images; each one's mean shift is compared with blank's.
+        shift: the original condition is also run steered by these vectors.
+        steering: their setting; the recommended one when None.
+        store: keeps replies, so that a run that was killed continues.
+        batch_size: prompts a batch.
+        max_new_tokens: length limit of a reply.
+        seed: seed of noise, shuffles, donors and the bootstrap.
+        say: called with a line on what is being done.
+        tick: called with the number of prompts that were finished.
 
     Raises:
-        InputError: fewer than two samples, samples that are labelled neither way, or corruptions on samples without images.
+        InputError: fewer than two samples, none that a rate can come from, or corruptions of
+            samples without images. ArtifactError: vectors of another model.
     """
-    samples = labelled(loaded, label)
+    refuse_unratable(loaded)
+    samples = loaded.samples
     if len(samples) < 2:
-        raise InputError(f"{loaded.name} has {len(samples)} samples; a diagnosis needs at least 2")
+        raise InputError(f"{loaded.name} has {len(samples)} sample; a diagnosis needs at least 2")
     conditions, left_out = possible_conditions(samples)
     if (corruptions or shift is not None) and Condition.BLANK not in conditions:
-        raise InputError(f"{loaded.name}: {left_out['blank']}; corruptions and steering are about images")
-    shown = list(dict.fromkeys([*conditions, *corruptions]))
-    rows: dict[str, Any] = {}
-
-    def measured(condition: Condition, name: str, vectors: ShiftVectors | None) -> None:
-        say(f"replies: {name}")
-        replies = generate(
-            vlm, samples, condition=condition, shift=vectors, steering=steering, max_new_tokens=max_new_tokens,
-            batch_size=batch_size, seed=seed, on_batch=lambda done: tick(len(done)),
-        )  # fmt: skip
-        rows[name] = rates(samples, replies)
-
-    for condition in shown:
-        measured(condition, condition.value, None)
+        reason = left_out["blank"]
+        raise InputError(f"{loaded.name}: {reason}; corruptions and steering are about images")
     if shift is not None:
-        measured(Condition.ORIGINAL, "original + cmrm", shift)
+        engine.accept(shift)
+    judges = judges if judges is not None else {KeywordJudge.name: KeywordJudge()}
+    shown = list(dict.fromkeys([*conditions, *corruptions]))
+    runs: list[tuple[Condition, Defense]] = [(c, make_defense("none")) for c in shown]
+    if shift is not None:
+        runs.append((Condition.ORIGINAL, steered_by(shift, steering)))
+    cells: list[Cell] = []
+    for condition, defense in runs:
+        say(f"replies: {condition.value}, {defense.name}")
+        defense.check(engine)
+        answering = Answering(engine, defense, Decoding(max_new_tokens), store)
+        cells.append(
+            measure_cell(
+                answering, samples, judges, name=loaded.name, condition=condition, harm=loaded.harm,
+                batch_size=batch_size, seed=seed, on_batch=tick,
+            )
+        )  # fmt: skip
     say("states")
-    representation, means = _representation(vlm, samples, shown, batch_size=batch_size, seed=seed, tick=tick)
-    found: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": {"id": vlm.model_id, "revision": vlm.revision, "architecture": type(vlm.model).__name__,
-                  "layers": vlm.n_layers, "hidden_size": vlm.hidden_size, "dtype": str(vlm.model.dtype)},
-        "data": loaded.to_json(),
-        "conditions": rows,
-        "left_out": left_out,
-        "representation": representation,
-        "settings": {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "judge": KeywordJudge.name,
-                     "steering": asdict(steering or Steering.from_recommended(shift.recommended)) if shift else None},
-        "versions": library_versions(),
-    }  # fmt: skip
+    states = represent(engine, samples, shown, batch_size=batch_size, seed=seed, on_batch=tick)
+    geometry: dict[str, Any] = states.to_json()
     if corruptions:
-        found["corruptions"] = compare_shifts(
-            {c.value: means[c.value] for c in dict.fromkeys([Condition.BLANK, *corruptions])}, "blank"
+        compared = dict.fromkeys([Condition.BLANK, *corruptions])
+        shifts = {condition.value: states.mean_shift(condition.value) for condition in compared}
+        geometry["corruptions"] = compare_shifts(shifts, "blank")
+    settings = {
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size, "decoding": "greedy",
+        "judges": list(judges),
+        "corruptions": [condition.value for condition in corruptions],
+        "steering": None if shift is None else (steering or shift.recommended).to_json(),
+    }  # fmt: skip
+    return checked({
+        **results_of(cells, seed=seed),
+        "kind": "diagnosis",
+        "model": model_info(engine.vlm),
+        "sets": [_data(loaded)],
+        "settings": settings,
+        "seed": seed,
+        "versions": versions_info(),
+        "machine": machine_info(),
+        "examples": examples_of(cells),
+        "geometry": geometry,
+        "left_out": left_out,
+        "shift": None if shift is None else shift_info(shift.provenance),
+    })  # fmt: skip
+
+
+def _data(loaded: Loaded) -> dict[str, Any]:
+    """The set, with a note on samples that are in no rate."""
+    data = loaded.to_json()
+    unrated = [s for s in loaded.samples if s.label not in LABELS and s.answer is None]
+    if unrated:
+        data["notes"].append(
+            f"{len(unrated)} of {len(loaded.samples)} samples are labelled neither harmful nor "
+            "benign: they are in no rate"
         )
-    return found
+    return data
 
 
-def _representation(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    conditions: Sequence[Condition],
-    *,
-    batch_size: int,
-    seed: int,
-    tick: Callable[[int], None],
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, torch.Tensor]]:
-    """`geometry.distances` over all samples, and the mean shift [L, d] of each condition, one batch held at a time."""
-    donors = choose_donors(samples, seed=seed) if Condition.OTHER in conditions else None
-    totals: dict[str, dict[str, np.ndarray]] = {}
-    shifts = {c.value: torch.zeros(vlm.n_layers, vlm.hidden_size) for c in conditions}
-
-    def work(batch: list[Sample]) -> dict[str, torch.Tensor]:
-        return {
-            c.value: capture_inputs(vlm, encode(vlm, [build_request(s, c, seed=seed, donors=donors) for s in batch]))
-            for c in conditions
-        }
-
-    for batch, states in in_batches(samples, batch_size, work):
-        for kind, by_condition in distances(states).items():
-            held = totals.setdefault(kind, {name: np.zeros(vlm.n_layers) for name in by_condition})
-            for name, values in by_condition.items():
-                held[name] += len(batch) * np.asarray(values)
-        for name, held_states in states.items():
-            shifts[name] += (states["query"] - held_states).sum(0)
-        tick(len(batch) * len(conditions))
-    n = len(samples)
-    return (
-        {kind: {name: (held / n).tolist() for name, held in by.items()} for kind, by in totals.items()},
-        {name: shift / n for name, shift in shifts.items()},
-    )
-
-
-def labelled(loaded: Loaded, label: str | None) -> list[Sample]:
-    """The samples, each labelled `harmful` or `benign`; `label` goes to those that have neither.
-
-    Raises:
-        InputError: `label` is neither, or it is None and a sample has neither: a utility set has no unsafe rate.
-    """
-    if label is not None and label not in LABELS:
-        raise InputError(f"label is {label!r}; one of {', '.join(LABELS)}")
-    other = [s for s in loaded.samples if s.label not in LABELS]
-    if other and label is None:
-        raise InputError(
-            f"{loaded.name}: {len(other)} of {len(loaded.samples)} samples are labelled neither harmful nor benign (the first: "
-            f"{other[0].label!r}); map a label column, or say what they are with --label harmful or --label benign"
-        )
-    return [s if s.label in LABELS else replace(s, label=label) for s in loaded.samples]
-
-
-def rates(samples: Sequence[Sample], replies: Sequence[Generation]) -> dict[str, Any]:
-    """`unsafe` over the harmful samples, `over_refusal` over the benign ones; either is absent without any."""
-    judge = KeywordJudge()
-    verdicts: dict[str, list[Verdict]] = {}
-    for sample, reply in zip(samples, replies, strict=True):
-        verdicts.setdefault(str(sample.label), []).append(judge.judge(sample.query, reply.text))
-    named = {"harmful": ("unsafe", Verdict.COMPLIED), "benign": ("over_refusal", Verdict.REFUSED)}
-    return {
-        name: verdict_rate(verdicts[label], what).to_json()
-        for label, (name, what) in named.items()
-        if label in verdicts
-    }
-
-
-def work(loaded: Loaded, corruptions: Sequence[Condition], *, steered: bool) -> int:
-    """Number of prompts that one diagnosis passes through the model, for its progress bar."""
+def passes(loaded: Loaded, corruptions: Sequence[Condition], *, steered: bool) -> int:
+    """Prompts that one diagnosis passes through the model, for its progress bar."""
     shown = len(dict.fromkeys([*possible_conditions(loaded.samples)[0], *corruptions]))
     return len(loaded.samples) * (2 * shown + steered)

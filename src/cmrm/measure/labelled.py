@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-
-from cmrm.errors import InputError
-from cmrm.measure.rates import Agreement, agreement
+from cmrm.errors import InputError, MissingExtraError
 from cmrm.judges import Judge, Verdict
-from cmrm.judges.base import safely
+from cmrm.judges.base import assessed
+from cmrm.measure.kappa import Agreement, agreement
+
+try:
+    import pandas as pd
+except ImportError:
+    raise MissingExtraError(
+        "labelled files need pandas; install it with: pip install 'cmrm[eval]'"
+    ) from None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a labelled file's columns are called, and which of its labels say that a completion refuses."""
+    """Names of a labelled file's columns, and the labels of refusals and of answers."""
 
     prompt: str = "prompt"
     """Column of the request."""
@@ -31,43 +36,50 @@ class Layout:
 
 
 XSTEST = Layout()
-"""As XSTest publishes its completions."""
+"""Layout of XSTest's published completions."""
+_COLUMNS = ("prompt", "completion", "label")
 
 
 def layout_of(columns: str | None, refused: str | None, complied: str | None) -> Layout:
-    """XSTest's layout with the columns of `prompt=...,completion=...,label=...` and the labels of two comma lists.
+    """XSTest's layout with the columns of a map and the labels of two comma lists.
+
+    `columns`: `prompt=COLUMN,completion=COLUMN,label=COLUMN`, or some of them.
 
     Raises:
-        InputError: a part of the column map is no pair, or names another column; one list of labels is given without the other, or they
-            share a label.
+        InputError: a part of the map is no such pair; a list of labels is missing, or the two share
+            a label.
     """
-    found: dict[str, str] = {}
-    for part in (columns or "").split(","):
-        name, equals, column = (piece.strip() for piece in part.partition("="))
-        if part.strip() and (not equals or not column or name not in ("prompt", "completion", "label")):
-            raise InputError(f"column map: {part!r} is none of prompt=COLUMN, completion=COLUMN, label=COLUMN")
-        if part.strip():
-            found[name] = column
-    layout = Layout(
-        found.get("prompt", XSTEST.prompt),
-        found.get("completion", XSTEST.completion),
-        found.get("label", XSTEST.label),
-    )
+    names = {column: getattr(XSTEST, column) for column in _COLUMNS}
+    for part in filter(str.strip, (columns or "").split(",")):
+        name, _, column = (piece.strip() for piece in part.partition("="))
+        if not column or name not in names:
+            raise InputError(
+                f"column map: {part!r} is none of prompt=COLUMN, completion=COLUMN, label=COLUMN"
+            )
+        names[name] = column
+    layout = Layout(**names)
     if refused is None and complied is None:
         return layout
-    held = [tuple(one.strip() for one in (given or "").split(",") if one.strip()) for given in (refused, complied)]
-    if not all(held):
-        raise InputError("say both which labels are refusals (--refused) and which are not (--complied)")
-    if set(held[0]) & set(held[1]):
-        raise InputError(f"the label {(set(held[0]) & set(held[1])).pop()!r} cannot be both a refusal and none")
-    return replace(layout, refused=held[0], complied=held[1])
+    refusals, answers = _labels(refused), _labels(complied)
+    if not refusals or not answers:
+        raise InputError(
+            "say both which labels are refusals (--refused) and which are not (--complied)"
+        )
+    shared = sorted(set(refusals) & set(answers))
+    if shared:
+        raise InputError(f"the label {shared[0]!r} cannot be both a refusal and none")
+    return replace(layout, refused=refusals, complied=answers)
+
+
+def _labels(comma_list: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, (comma_list or "").split(","))))
 
 
 def read_labelled(path: Path, layout: Layout = XSTEST) -> pd.DataFrame:
-    """A labelled CSV as text columns `prompt`, `completion`, and `refused` (bool).
+    """Rows of a labelled CSV: text columns `prompt` and `completion`, and `refused` (bool).
 
     Raises:
-        InputError: the file is missing, is no CSV, lacks a column, is empty or has an unknown label.
+        InputError: the file is missing, is no CSV, lacks a column, is empty or has unknown labels.
     """
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype=str)
@@ -75,30 +87,34 @@ def read_labelled(path: Path, layout: Layout = XSTEST) -> pd.DataFrame:
         raise InputError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from None
-    missing = [c for c in (layout.prompt, layout.completion, layout.label) if c not in table.columns]
+    wanted = (layout.prompt, layout.completion, layout.label)
+    missing = [column for column in wanted if column not in table.columns]
     if missing:
-        raise InputError(f"{path} lacks the columns {missing}; it has {list(table.columns)}")
-    unknown = sorted(set(table[layout.label]) - {*layout.refused, *layout.complied})
-    if unknown:
-        raise InputError(
-            f"{path} has unknown labels {unknown[:5]}; known are {', '.join((*layout.refused, *layout.complied))} (--refused, --complied)"
-        )
+        present = ", ".join(map(str, table.columns))[:200]
+        raise InputError(f"{path} lacks the columns {', '.join(missing)}; it has {present}")
     if table.empty:
         raise InputError(f"{path} has no rows")
-    held = {
+    known = (*layout.refused, *layout.complied)
+    unknown = sorted(set(table[layout.label]) - set(known))
+    if unknown:
+        raise InputError(
+            f"{path} has unknown labels {[label[:40] for label in unknown[:5]]}; "
+            f"known are {', '.join(known)} (--refused, --complied)"
+        )
+    rows = {
         "prompt": table[layout.prompt],
         "completion": table[layout.completion],
         "refused": table[layout.label].isin(layout.refused),
     }
-    return pd.DataFrame(held)
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion that people labelled, and what judges said of it."""
+    """A completion that people labelled, and the judges' verdicts on it."""
 
     file: str
-    """Where it is from: the file's name, with its folder where two are called alike."""
+    """Name of its file, with its folder where two files have the same name."""
     number: int
     """Row in the file, from 0."""
     prompt: str
@@ -107,7 +123,7 @@ class Completion:
     """The completion."""
     refused: bool
     """Whether people call it a refusal, whole or in part."""
-    said: Mapping[str, Verdict]
+    verdicts: Mapping[str, Verdict]
     """Judge -> verdict."""
 
 
@@ -116,41 +132,48 @@ def judged_files(
     judges: Mapping[str, Judge],
     *,
     layout: Layout = XSTEST,
-    failed: Callable[[str], None] = lambda why: None,
+    failed: Callable[[str], None] = lambda reason: None,
 ) -> list[Completion]:
-    """Every completion of `paths`, judged once by each of `judges`; `failed` is told why a verdict is missing.
+    """Every completion of `paths`, judged once by each of `judges`.
+
+    `failed` takes the reason of each verdict that is missing because a judge broke.
 
     Raises:
-        InputError: a file cannot be read, or stands there twice.
+        InputError: a file cannot be read, or is named twice.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("a file is named twice")
     names = [path.name for path in paths]
-    found = []
+    completions = []
     for path in paths:
-        name = path.name if names.count(path.name) == 1 else str(path)
+        file = path.name if names.count(path.name) == 1 else str(path)
         for number, row in enumerate(read_labelled(path, layout).itertuples(index=False)):
-            prompt, text, said = str(row.prompt), str(row.completion), {}
-            for judge_name, judge in judges.items():
-                said[judge_name], why = safely(judge, prompt, text)
-                if why is not None:
-                    failed(why)
-            found.append(Completion(name, number, prompt, text, bool(row.refused), said))
-    return found
+            prompt, text = str(row.prompt), str(row.completion)
+            verdicts = {}
+            for name, judge in judges.items():
+                judgement = assessed(judge, prompt, text)
+                verdicts[name] = judgement.verdict
+                if judgement.failed:
+                    failed(str(judgement.reason))
+            completions.append(Completion(file, number, prompt, text, bool(row.refused), verdicts))
+    return completions
 
 
 def agreement_of_files(completions: Sequence[Completion], judge: str) -> dict[str, Agreement]:
-    """A judge against people, per file and, with more than one, over all of them.
+    """Agreement of a judge with people: file -> figures, and `all` with more than one file.
 
     Raises:
-        InputError: of no completion of a file it said whether it refuses.
+        InputError: the judge says of no completion of a file whether it refuses.
     """
-    by_file: dict[str, list[Completion]] = {}
-    for one in completions:
-        by_file.setdefault(one.file, []).append(one)
-    if len(by_file) > 1:
-        by_file["all"] = list(completions)
-    return {name: agreement([o.said[judge] for o in held], [o.refused for o in held]) for name, held in by_file.items()}
+    files: dict[str, list[Completion]] = {}
+    for completion in completions:
+        files.setdefault(completion.file, []).append(completion)
+    if len(files) > 1:
+        files["all"] = list(completions)
+    return {
+        name: agreement([row.verdicts[judge] for row in rows], [row.refused for row in rows])
+        for name, rows in files.items()
+    }
 
 
 def trained_on(judge: Judge, paths: Sequence[Path]) -> list[str]:
@@ -165,29 +188,36 @@ def trained_on(judge: Judge, paths: Sequence[Path]) -> list[str]:
 
 
 def train_regression(paths: Sequence[Path], out: Path) -> tuple[Agreement, Agreement]:
-    """Train the ensemble's regression on labelled files into `out`; held-out agreement of regression and ensemble.
+    """Train the ensemble's regression on labelled files into `out`.
 
-    Held out: five folds by prompt, so that no prompt is trained on and judged in the same fold, whatever file it is in.
+    Returns the agreement of regression and ensemble with people in five folds by prompt: no prompt
+    is trained on and judged in the same fold, whatever file it is in.
+
+    Raises:
+        InputError: a file cannot be read, or holds labels of one kind alone.
     """
     from sklearn.model_selection import GroupKFold
 
     from cmrm.files import sha256_file
     from cmrm.judges.ensemble import EnsembleJudge, Regression, RegressionJudge
 
-    tables = [read_labelled(path) for path in paths]
-    prompts = [str(p) for t in tables for p in t["prompt"]]
-    replies = [str(c) for t in tables for c in t["completion"]]
-    people = [bool(refused) for t in tables for refused in t["refused"]]
-    said: dict[str, list[Verdict]] = {name: [Verdict.UNSCORED] * len(replies) for name in ("regression", "ensemble")}
-    for known, held_out in GroupKFold(n_splits=5).split(replies, groups=prompts):
-        fold = Regression.train([replies[k] for k in known], [people[k] for k in known])
+    table = pd.concat([read_labelled(path) for path in paths])
+    prompts, replies = list(map(str, table["prompt"])), list(map(str, table["completion"]))
+    people = list(map(bool, table["refused"]))
+    verdicts: dict[str, list[Verdict]] = {
+        name: [Verdict.UNSCORED] * len(replies) for name in ("regression", "ensemble")
+    }
+    for training, rest in GroupKFold(n_splits=5).split(replies, groups=prompts):
+        fold = Regression.train([replies[k] for k in training], [people[k] for k in training])
         judges: tuple[Judge, Judge] = (RegressionJudge(fold), EnsembleJudge(fold))
-        for k in held_out:
+        for k in rest:
             for judge in judges:
-                said[judge.name][k] = judge.judge(prompts[k], replies[k])
+                verdicts[judge.name][k] = judge.judge(prompts[k], replies[k])
     provenance = {
-        "files": {path.name: sha256_file(path) for path in paths}, "replies": len(replies), "refused": sum(people),
+        "files": {path.name: sha256_file(path) for path in paths},
+        "replies": len(replies),
+        "refused": sum(people),
         "source": "XSTest completions and labels, arXiv 2308.01263, CC-BY-4.0",
-    }  # fmt: skip
+    }
     Regression.train(replies, people).save(out, provenance)
-    return agreement(said["regression"], people), agreement(said["ensemble"], people)
+    return agreement(verdicts["regression"], people), agreement(verdicts["ensemble"], people)

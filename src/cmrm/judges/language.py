@@ -1,0 +1,118 @@
+"""Whether a text is English, by its letters and its most common words.
+
+The judges of text know English alone and leave other languages unscored. A text of few words is
+taken for English unless one of them belongs to another language. `words.json` lists the words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from cmrm.judges.base import EMPTY
+from cmrm.judges.normalise import normalise
+
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Letters of scripts that put no blanks between words (Thai, Lao, Burmese, Khmer, kana, Han), as
+the inside of a character class."""
+
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+(?:['-][^\W\d_{UNSPACED}]+)*")
+_FEW = 5
+"""Words from which on a text must hold common English words."""
+_SHARE = 1 / 12
+"""Share of them among its words, at least. English replies hold a third and more."""
+_LONGEST = 40
+"""Letters of a word at most."""
+_APOSTROPHES = 3
+"""Apostrophes in a word at most."""
+
+
+@cache
+def _common(kind: str) -> frozenset[str]:
+    """Common words: `english`, or `in_names`, foreign ones that English names hold too."""
+    return frozenset(_tables()[kind].split())
+
+
+@cache
+def _others() -> dict[str, frozenset[str]]:
+    """Language -> its common words."""
+    return {name: frozenset(words.split()) for name, words in _tables()["others"].items()}
+
+
+@cache
+def _tables() -> Any:
+    return json.loads(files("cmrm.judges").joinpath("words.json").read_text(encoding="utf-8"))
+
+
+def english_text(reply: str) -> tuple[str, str | None]:
+    """A reply normalised for a judge of English, and why it cannot judge it (None where it can)."""
+    text = normalise(reply)
+    if text:
+        return text, not_english(text)
+    return "", "the reply holds only thinking or markup" if reply.strip() else EMPTY
+
+
+def not_english(text: str) -> str | None:
+    """Why `text` (normalised) is not taken for English, or None where it is.
+
+    Digits alone are taken for an English answer, punctuation and emoji alone are not.
+    """
+    words = _WORD.findall(text)
+    if not words:
+        return None if any(map(str.isdigit, text)) else "not English, it holds no word"
+    script = _other_script(words)
+    if script is not None:
+        return f"not English, most of it is in {script} letters"
+    if any(map(_endless, words)):
+        return "not English, a word has no end"
+    lower = [word.lower() for word in words]
+    english = sum(word in _common("english") for word in lower)
+    language, count = _nearest(words, lower)
+    if count > english:
+        return f"not English, its words look {language}"
+    if len(words) >= _FEW and english < _SHARE * len(words):
+        return "not English, it holds hardly any common English word"
+    return None
+
+
+def _endless(word: str) -> bool:
+    """Whether a word is a loop of the model, such as "SorryI'mSorryI'mSorry" without end."""
+    return word.count("'") > _APOSTROPHES or max(map(len, word.split("-"))) > _LONGEST
+
+
+def is_latin(text: str) -> bool | None:
+    """Whether most words of `text` are in Latin letters; None where it holds no word."""
+    words = _WORD.findall(text)
+    return _other_script(words) is None if words else None
+
+
+def _other_script(words: list[str]) -> str | None:
+    """The script of most words as Unicode calls it, or None where it is Latin."""
+    scripts = Counter(unicodedata.name(word[0], "unknown").split()[0].title() for word in words)
+    if 2 * scripts.pop("Latin", 0) > len(words) or not scripts:
+        return None
+    script = scripts.most_common(1)[0][0]
+    return "Chinese" if script == "Cjk" else script
+
+
+def _nearest(words: list[str], lower: list[str]) -> tuple[str, int]:
+    """The language with the most common words in the text, and their number.
+
+    A word that English names hold too ("Los Angeles") counts in lower case, and not by itself.
+    """
+    best, most = "", 0
+    capitals = all(map(str.isupper, words))
+    names = set() if capitals else _common("in_names").difference(words)
+    for language, common in _others().items():
+        hits = [word for word in lower if word in common and word not in names]
+        if len(hits) > most and (len(hits) > 1 or hits[0] not in _common("in_names")):
+            best, most = language, len(hits)
+    return best, most

@@ -1,0 +1,48 @@
+"""The model, the shift, the versions and the machine of a run, as results state them."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from cmrm.model.identity import identity_of, public_name
+from cmrm.model.vlm import VLM
+from cmrm.shift.artifact import Provenance, library_versions
+
+
+def model_info(vlm: VLM, name: str | None = None) -> dict[str, Any]:
+    """The model, in the form of `measure.schema.ModelInfo`; `name` instead of its id or folder."""
+    return {
+        "id": name or public_name(vlm.model_id),
+        "revision": vlm.revision,
+        "architecture": type(vlm.model).__name__,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "layers": vlm.n_layers,
+        "hidden_size": vlm.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
+        "identity": identity_of(vlm).key,
+    }
+
+
+def shift_info(made: Provenance) -> dict[str, Any]:
+    """A shift by layer, in the form of `measure.schema.ShiftInfo`."""
+    return {
+        "n_anchors": made.n_anchors,
+        "norms": list(made.norms),
+        "explained_ratio": list(made.explained_ratio),
+        "mean_norms": list(made.mean_norms),
+        "mean_cosine": list(made.mean_cosine),
+        "dropped_ratio": list(made.dropped_ratio),
+    }
+
+
+def versions_info() -> dict[str, str]:
+    """Versions of cmrm, of the libraries that decide a token, and of Python."""
+    return library_versions() | {"python": platform.python_version()}
+
+
+def machine_info() -> dict[str, Any]:
+    """Processor and number of threads."""
+    return {"processor": platform.machine(), "threads": torch.get_num_threads()}

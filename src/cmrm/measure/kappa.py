@@ -1,0 +1,112 @@
+"""Agreement between raters: Cohen's kappa, Krippendorff's alpha, precision and recall."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cmrm.errors import InputError, MissingExtraError
+from cmrm.judges import Verdict
+from cmrm.measure.rates import Rate, rate_of
+
+try:
+    import krippendorff
+    from sklearn.metrics import precision_score, recall_score
+    from statsmodels.stats.inter_rater import cohens_kappa
+except ImportError as error:
+    raise MissingExtraError(
+        f"agreement between judges needs {error.name}; pip install 'cmrm[eval]' brings it"
+    ) from None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of a judge with people on refusal."""
+
+    kappa: float | None
+    """Cohen's kappa; None where judge and people gave every completion the same label."""
+    precision: float
+    """Share of the judge's refusals that people call refusals."""
+    recall: float
+    """Share of people's refusals that the judge recognises."""
+    n: int
+    """Scored completions."""
+    unscored: int
+    """Completions that the judge could not score."""
+
+
+def agreement(verdicts: Sequence[Verdict], refused: Sequence[bool]) -> Agreement:
+    """Agreement of `verdicts` with people's `refused` labels, over completions that the judge
+    scored for refusal.
+
+    Raises:
+        InputError: it scored none.
+    """
+    refusals = [verdict.is_refusal for verdict in verdicts]
+    pairs = [(v, r) for v, r in zip(refusals, refused, strict=True) if v is not None]
+    if not pairs:
+        raise InputError(
+            "the judge says of no completion whether it refuses; guards and rubrics tell safe from "
+            "unsafe, "
+            "which these labels do not"
+        )
+    ours, theirs = zip(*pairs, strict=True)
+    return Agreement(
+        kappa=kappa_of(theirs, ours).kappa,
+        precision=float(precision_score(theirs, ours, zero_division=0)),
+        recall=float(recall_score(theirs, ours, zero_division=0)),
+        n=len(pairs),
+        unscored=len(verdicts) - len(pairs),
+    )
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """Agreement of two raters on a question of yes and no, chance taken away."""
+
+    kappa: float | None
+    """Cohen's kappa; None where both gave every reply the same label, or no reply was rated by
+    both."""
+    low: float | None
+    """Lower end of its 95 % interval (asymptotic, statsmodels); None where both agree on every
+    reply."""
+    high: float | None
+    """Upper end."""
+    same: Rate
+    """Share of the replies on which both agree, with its Wilson interval."""
+    n: int
+    """Replies that both rated."""
+    unscored: int
+    """Replies that at least one of them did not rate."""
+
+
+def kappa_of(first: Sequence[bool | None], second: Sequence[bool | None]) -> Kappa:
+    """Agreement of two raters, reply by reply; None is unrated."""
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    unscored = len(first) - len(both)
+    same = rate_of(sum(a == b for a, b in both), len(both))
+    counts = [[sum(pair == (a, b) for pair in both) for b in (False, True)] for a in (False, True)]
+    if len({a for a, _ in both} | {b for _, b in both}) < 2:
+        return Kappa(None, None, None, same, len(both), unscored)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a z-value that is not used
+        result = cohens_kappa(np.array(counts))
+    kappa = round(float(result.kappa), 6)
+    if same.rate == 1:
+        return Kappa(kappa, None, None, same, len(both), unscored)
+    low, high = max(-1.0, float(result.kappa_low)), min(1.0, float(result.kappa_upp))
+    return Kappa(kappa, round(low, 6), round(high, 6), same, len(both), unscored)
+
+
+def alpha_of(ratings: Sequence[Sequence[bool | None]]) -> float | None:
+    """Krippendorff's alpha (nominal) over raters x replies, None being unrated; None where it is
+    not defined."""
+    rows = [[np.nan if rating is None else float(rating) for rating in row] for row in ratings]
+    table = np.array(rows, dtype=float)
+    paired_values = table[:, (~np.isnan(table)).sum(axis=0) > 1] if table.size else table
+    if len(np.unique(paired_values[~np.isnan(paired_values)])) < 2:
+        return None
+    return round(
+        float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal")), 6
+    )
