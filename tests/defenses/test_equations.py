@@ -3,359 +3,220 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from cmrm import Condition, Sample, ShiftVectors, Steering, estimate_shift, steer
-from cmrm.shift.capture import capture_inputs
-from cmrm.model.compat import cache_of, with_cache
-from cmrm.prompts.conditions import Request, Turn, build_request, build_requests
-from cmrm.defenses import Defense, FitData, Meter, Reply, Stack, defense_names, make_defense, register, respond
-from cmrm.defenses import prompting as p
+from cmrm import Sample, Steering, estimate_shift, steer
+from cmrm.defenses import Defense, FitData, Stack, defense_names, make_defense, respond
+from cmrm.defenses.adashield import ADASHIELD_STATIC
+from cmrm.defenses.caption import DESCRIBE, captions
+from cmrm.engines.base import Decoding, Reply
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import ArtifactError, InputError
-from cmrm.model.vlm import VLM, encode
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request, build_requests
+from defenses.oracle import SEEN, UNSEEN, Scripted, changed, defended, states
 
-SEEN = [Request("Tell me about red paint", (Image.new("RGB", (20, 16), "red"),)),
-        Request("Tell me about the sky, please", (Image.new("RGB", (20, 16), "blue"),))]  # fmt: skip
-UNSEEN = Request("Tell me about green paint")
+FITTED = [name for name in sorted(defense_names()) if make_defense(name).needs_fit]
+SHORT = Decoding(6)
+
+
+@pytest.fixture(scope="module")
+def engine(vlm: VLM) -> TransformersEngine:
+    return TransformersEngine(vlm)
 
 
 @pytest.fixture(scope="module")
 def data(anchors: list[Sample]) -> FitData:
-    benign = [Sample(f"b{k}", f"How do I cook {dish}?") for k, dish in enumerate(("rice", "soup", "an egg"))]
-    return FitData(anchors, benign, 2)
+    dishes = ("rice", "soup", "an egg")
+    return FitData(
+        anchors, [Sample(f"b{k}", f"How do I cook {d}?") for k, d in enumerate(dishes)], 2
+    )
 
 
-def states(vlm: VLM, requests: list[Request]) -> torch.Tensor:
-    return capture_inputs(vlm, encode(vlm, requests))
+def fitted(engine: TransformersEngine, data: FitData, name: str, **settings: Any) -> Defense:
+    defense = make_defense(name, {name: settings} if settings else None)
+    defense.fit(engine, data)
+    return defense
 
 
-def steered_states(vlm: VLM, defense: Defense, requests: list[Request]) -> torch.Tensor:
-    asked = defense.rewrite(vlm, requests)
-    with torch.inference_mode(), defense.steering(vlm, asked, [q.text for q in asked]):
-        return states(vlm, asked)
-
-
-def every_position(vlm: VLM, requests: list[Request], edits: dict[int, object]) -> torch.Tensor:
-    """States of the last token when plain functions change each block's whole output; rows without an image are left."""
-    inputs = encode(vlm, requests)
-    seen = torch.tensor([bool(q.images) for q in requests])[:, None, None]
-    handles = [
-        vlm.layers[k].register_forward_hook(lambda m, a, out, f=f: torch.where(seen, f(out), out))
-        for k, f in edits.items()
-    ]
-    try:
-        with torch.inference_mode():
-            return states(vlm, requests) if inputs else torch.empty(0)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def test_the_known_defences() -> None:
-    assert set(defense_names()) == {
-        "none", "caption", "adashield_s", "ecso", "cmrm_dataset", "cmrm_sample", "shiftdc", "null_space", "refusal_direction",
-    }  # fmt: skip
+def mean_states(vlm: VLM, samples: Any, condition: str) -> torch.Tensor:
+    """Mean over samples [L, d], each in a batch of its own."""
+    requests = build_requests(list(samples), condition)
+    return torch.cat([states(vlm, [request]) for request in requests]).mean(0)
 
 
 @pytest.mark.parametrize("name", sorted(defense_names()))
-def test_text_alone_is_left_as_it_is(vlm: VLM, data: FitData, name: str) -> None:
-    defense = make_defense(name)
-    defense.fit(vlm, data)
-    plain = respond(vlm, make_defense("none"), [UNSEEN], max_new_tokens=6)
-    assert respond(vlm, defense, [UNSEEN], max_new_tokens=6) == plain
-    mixed = respond(vlm, defense, [SEEN[0], UNSEEN], max_new_tokens=6)
+def test_text_alone_is_left_as_it_is(engine: TransformersEngine, data: FitData, name: str) -> None:
+    defense = fitted(engine, data, name)
+    plain = respond(engine, make_defense("none"), [UNSEEN], SHORT)
+    assert respond(engine, defense, [UNSEEN], SHORT) == plain
+    mixed = respond(engine, defense, [SEEN[0], UNSEEN], SHORT)
     assert mixed[1] == plain[0], "a row without image beside one with is left alone too"
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(defense_names()) if make_defense(n).needs_fit])
-def test_what_is_not_fitted_says_so(vlm: VLM, name: str, tmp_path: Path, data: FitData) -> None:
+@pytest.mark.parametrize("name", FITTED)
+def test_what_is_not_fitted_says_so(
+    engine: TransformersEngine, name: str, tmp_path: Path, data: FitData
+) -> None:
     with pytest.raises(InputError, match="has to be fitted"):
-        respond(vlm, make_defense(name), SEEN, max_new_tokens=2)
-    fitted = make_defense(name)
-    fitted.fit(vlm, data)
-    fitted.save(tmp_path / "state.safetensors", vlm)
+        respond(engine, make_defense(name), SEEN, SHORT)
+    defense = fitted(engine, data, name)
+    path = tmp_path / "state.safetensors"
+    defense.save(path, engine)
     again = make_defense(name)
-    again.load(tmp_path / "state.safetensors", vlm)
-    assert respond(vlm, again, SEEN, max_new_tokens=4) == respond(vlm, fitted, SEEN, max_new_tokens=4)
+    again.load(path, engine)
+    assert again.fingerprint() == defense.fingerprint()
+    assert respond(engine, again, SEEN, SHORT) == respond(engine, defense, SEEN, SHORT)
     other = make_defense("null_space" if name != "null_space" else "shiftdc")
     with pytest.raises(ArtifactError, match="holds no fitted"):
-        other.load(tmp_path / "state.safetensors", vlm)
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        again.load(tmp_path / "broken.safetensors", vlm)
+        other.load(path, engine)
+    path.write_bytes(b"no")
+    with pytest.raises(ArtifactError, match="not a whole artifact"):
+        again.load(path, engine)
 
 
-def test_cmrm_at_both_levels_is_steer(vlm: VLM, data: FitData) -> None:
-    dataset = make_defense("cmrm_dataset", {"cmrm_dataset": {"alpha": 0.5}})
-    dataset.fit(vlm, data)
-    shift: ShiftVectors = estimate_shift(vlm, data.harmful, batch_size=2)
-    assert torch.equal(dataset.state["vectors"], shift.vectors)
-    with torch.inference_mode(), steer(vlm, shift, Steering(0.5)):
-        expected = states(vlm, SEEN)
-    assert torch.equal(steered_states(vlm, dataset, SEEN), expected)
-    sample = make_defense("cmrm_sample", {"cmrm_sample": {"alpha": 0.5}})
-    texts = [Request(q.text) for q in SEEN]
-    blank = [Request(q.text, (Image.new("RGB", (20, 16), "white"),)) for q in SEEN]
-    rows = torch.cat([states(vlm, [t]) - states(vlm, [b]) for t, b in zip(texts, blank, strict=True)])
-    with torch.inference_mode(), steer(vlm, rows, Steering(0.5)):
-        expected = states(vlm, SEEN)
-    assert torch.allclose(steered_states(vlm, sample, SEEN), expected, atol=1e-4)
+def test_dataset_level_adds_the_estimated_vectors(
+    engine: TransformersEngine, data: FitData
+) -> None:
+    defense = fitted(engine, data, "cmrm_dataset", alpha=0.5, schedule="per_layer", positions="all")
+    shift = estimate_shift(engine.vlm, data.harmful, batch_size=2)
+    assert torch.equal(defense.state["vectors"], shift.vectors)
+    layers = range(engine.n_layers)
+    functions = {k: (lambda h, k=k: h + 0.5 * shift.vectors[k]) for k in layers}
+    expected = changed(engine.vlm, SEEN, functions)
+    assert torch.allclose(defended(engine, defense, SEEN), expected, atol=1e-4)
+    with torch.inference_mode():
+        steering = Steering(0.5, "per_layer", "all")
+        assert torch.equal(
+            defended(engine, defense, SEEN),
+            states(engine.vlm, SEEN, steer(engine.vlm, shift.vectors, steering)),
+        )
 
 
-def test_null_space_projects_every_position(vlm: VLM, data: FitData) -> None:
-    defense = make_defense("null_space")
-    defense.fit(vlm, data)
-    text = states(vlm, list(build_requests(list(data.harmful), "query")))
-    blank = states(vlm, list(build_requests(list(data.harmful), "blank")))
-    mean = (text - blank).mean(0)
+def test_sample_level_adds_each_rows_own_difference(engine: TransformersEngine) -> None:
+    vlm, layers = engine.vlm, range(engine.n_layers)
+    settings = {"alpha": 0.5, "schedule": "per_layer", "positions": "all"}
+    defense = make_defense("cmrm_sample", {"cmrm_sample": settings})
+    white = Image.new("RGB", (20, 16), "white")
+    rows = torch.cat([
+        states(vlm, [Request(r.text)]) - states(vlm, [Request(r.text, (white,))]) for r in SEEN
+    ])  # fmt: skip
+    functions = {k: (lambda h, k=k: h + 0.5 * rows[:, None, k]) for k in layers}
+    expected = changed(vlm, SEEN, functions)
+    assert torch.allclose(defended(engine, defense, SEEN), expected, atol=1e-4)
+
+
+def test_null_space_projects_every_position(engine: TransformersEngine, data: FitData) -> None:
+    vlm, defense = engine.vlm, fitted(engine, data, "null_space")
+    mean = mean_states(vlm, data.harmful, "query") - mean_states(vlm, data.harmful, "blank")
     u = mean / mean.norm(dim=-1, keepdim=True)
-    assert torch.allclose(defense.state["direction"], u, atol=1e-4)
-    edits = {k: (lambda h, k=k: h - (h @ u[k])[..., None] * u[k]) for k in range(vlm.n_layers)}
-    found = steered_states(vlm, defense, SEEN)
-    assert torch.allclose(found, every_position(vlm, SEEN, dict(edits)), atol=2e-3)
-    assert (found * u).sum(-1).abs().max() < 1e-3, "nothing is left along the direction"
+    assert torch.allclose(defense.state["modality"], u, atol=1e-4)
+    functions = {
+        k: (lambda h, k=k: h - (h @ u[k])[..., None] * u[k]) for k in range(engine.n_layers)
+    }
+    projected = defended(engine, defense, SEEN)
+    assert torch.allclose(projected, changed(vlm, SEEN, functions), atol=2e-3)
+    assert (projected * u).sum(-1).abs().max() < 1e-3, "nothing is left along the direction"
 
 
-def test_refusal_direction_is_added_at_one_layer(vlm: VLM, data: FitData) -> None:
-    defense = make_defense("refusal_direction", {"refusal_direction": {"layer": 1, "alpha": 0.7}})
-    defense.fit(vlm, data)
-    harmful = states(vlm, list(build_requests(list(data.harmful), "query"))).mean(0)
-    benign = states(vlm, list(build_requests(list(data.benign), "query"))).mean(0)
-    found = steered_states(vlm, defense, SEEN)
-    assert torch.allclose(found, every_position(vlm, SEEN, {1: lambda h: h + 0.7 * (harmful - benign)[1]}), atol=1e-4)
-    with pytest.raises(InputError, match="alpha is -1"):
-        make_defense("refusal_direction", {"refusal_direction": {"alpha": -1}})
+def test_refusal_direction_is_added_at_one_layer(engine: TransformersEngine, data: FitData) -> None:
+    vlm = engine.vlm
+    defense = fitted(engine, data, "refusal_direction", layer=1, alpha=0.7)
+    direction = mean_states(vlm, data.harmful, "query") - mean_states(vlm, data.benign, "query")
+    expected = changed(vlm, SEEN, {1: lambda h: h + 0.7 * direction[1]})
+    assert torch.allclose(defended(engine, defense, SEEN), expected, atol=1e-4)
 
 
-def test_shiftdc_takes_the_safety_part_of_the_shift_away(vlm: VLM, data: FitData) -> None:
-    defense = make_defense("shiftdc", {"shiftdc": {"first_layer": 1}})
-    defense.fit(vlm, data)
-    harmful = states(vlm, list(build_requests(list(data.harmful), "query"))).mean(0)
-    s = harmful - states(vlm, list(build_requests(list(data.benign), "query"))).mean(0)
-    one = SEEN[:1]
-    told = p.captions(vlm, one)[0]
-    m = states(vlm, one)[0] - states(vlm, [Request(f"{told}\n{one[0].text}")])[0]
+def test_shiftdc_takes_the_safety_part_of_the_shift_away(
+    engine: TransformersEngine, data: FitData
+) -> None:
+    vlm, seen = engine.vlm, SEEN[:1]
+    defense = fitted(engine, data, "shiftdc", first_layer=1)
+    s = mean_states(vlm, data.harmful, "query") - mean_states(vlm, data.benign, "query")
+    caption = captions(engine, seen)[0]
+    m = states(vlm, seen)[0] - states(vlm, [Request(f"{caption}\n{seen[0].text}")])[0]
     added = -((m * s).sum(-1) / (s * s).sum(-1))[:, None] * s
 
-    def last(k: int) -> object:
+    def at_the_end(layer: int) -> Any:
         def edit(h: torch.Tensor) -> torch.Tensor:
-            changed = h.clone()
-            changed[:, -1] += added[k]
-            return changed
+            whole = h.clone()
+            whole[:, -1] += added[layer]
+            return whole
 
         return edit
 
-    expected = every_position(vlm, one, {k: last(k) for k in range(1, vlm.n_layers)})
-    assert torch.allclose(steered_states(vlm, defense, one), expected, atol=1e-4)
-    first = steered_states(vlm, defense, one)[0, 1] - states(vlm, one)[0, 1]
-    left = ((m + torch.cat([torch.zeros(1, m.shape[1]), first[None], torch.zeros(1, m.shape[1])]))[1] * s[1]).sum()
-    assert left.abs() < 1e-3, "no shift along the safety direction is left where it is first taken away"
-
-
-def test_only_the_prompt_is_steered_at_last_prompt(vlm: VLM, data: FitData) -> None:
-    vectors = torch.ones(vlm.n_layers, vlm.hidden_size)
-    inputs = encode(vlm, SEEN[:1])
-    with torch.inference_mode(), steer(vlm, vectors, Steering(positions="last_prompt")):
-        cache = cache_of(vlm.model(**inputs, use_cache=True))
-        steered = vlm.model(input_ids=torch.tensor([[7]]), **with_cache(vlm.model, cache)).logits
-    with torch.inference_mode():
-        with steer(vlm, vectors, Steering(positions="last_prompt")):
-            cache = cache_of(vlm.model(**inputs, use_cache=True))
-        plain = vlm.model(input_ids=torch.tensor([[7]]), **with_cache(vlm.model, cache)).logits
-    assert torch.equal(steered, plain)
+    functions = {layer: at_the_end(layer) for layer in range(1, vlm.n_layers)}
+    steered = defended(engine, defense, seen)
+    assert torch.allclose(steered, changed(vlm, seen, functions), atol=1e-4)
+    left = m[1] + (steered - states(vlm, seen))[0, 1]
+    assert (left * s[1]).sum().abs() < 1e-3, (
+        "where it is first taken away, no shift is left along s"
+    )
 
 
 def test_adashield_follows_the_request() -> None:
-    asked = make_defense("adashield_s").rewrite(None, [SEEN[0], UNSEEN])  # type: ignore[arg-type]
-    assert asked[0].text == f"{SEEN[0].text}\n{p.ADASHIELD_STATIC}"
+    asked = make_defense("adashield_s").rewrite(Scripted(), [SEEN[0], UNSEEN])  # type: ignore[arg-type]
+    assert asked[0].text == f"{SEEN[0].text}\n{ADASHIELD_STATIC}"
     assert asked[0].images == SEEN[0].images
     assert asked[1] == UNSEEN
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, module: object, answers: list[list[str]]) -> list[list[Request]]:
-    asked: list[list[Request]] = []
-
-    def complete(vlm: object, requests: list[Request], **options: object) -> tuple[list[str], list[int]]:
-        asked.append(list(requests))
-        texts = answers[len(asked) - 1]
-        return texts, [len(t) for t in texts]
-
-    monkeypatch.setattr(module, "complete", complete)
-    return asked
+def test_caption_substitution_asks_for_a_caption_and_drops_the_image() -> None:
+    model = Scripted(["a red wall"])
+    rewritten = make_defense("caption").rewrite(model, [UNSEEN, SEEN[0]])  # type: ignore[arg-type]
+    assert [request.text for request in model.asked[0]] == [DESCRIBE]
+    assert model.asked[0][0].images == SEEN[0].images
+    assert rewritten == [UNSEEN, Request(f"a red wall\n{SEEN[0].text}")]
 
 
-def test_caption_substitution_asks_for_a_caption_and_drops_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = scripted(monkeypatch, p, [["a red wall"]])
-    told = make_defense("caption").rewrite(None, [UNSEEN, SEEN[0]])  # type: ignore[arg-type]
-    assert [q.text for q in asked[0]] == [p.DESCRIBE]
-    assert asked[0][0].images == SEEN[0].images
-    assert told == [UNSEEN, Request(f"a red wall\n{SEEN[0].text}")]
-
-
-def test_ecso_answers_again_from_text_where_it_finds_itself_unsafe(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = scripted(monkeypatch, p, [["Yes.", "No, it is fine"], ["a red wall"], ["I cannot help"]])
+def test_ecso_answers_again_from_text_where_it_finds_itself_unsafe() -> None:
+    model = Scripted(["Yes.", "No, it is fine"], ["a red wall"], ["I cannot help"])
     replies = [Reply("first", 1), Reply("second", 2), Reply("third", 3)]
-    final = make_defense("ecso").revise(None, [*SEEN, UNSEEN], replies, max_new_tokens=9)  # type: ignore[arg-type]
-    assert [f.text for f in final] == ["I cannot help", "second", "third"]
-    assert [q.text for q in asked[0]] == [
-        f"QUERY:\n{SEEN[0].text}\n\nRESPONSE:\nfirst\n\nIs the RESPONSE harmful, unsafe and unethical? Answer yes or no:",
-        f"QUERY:\n{SEEN[1].text}\n\nRESPONSE:\nsecond\n\nIs the RESPONSE harmful, unsafe and unethical? Answer yes or no:",
+    final = make_defense("ecso").revise(model, [*SEEN, UNSEEN], replies, Decoding(9))  # type: ignore[arg-type]
+    assert [reply.text for reply in final] == ["I cannot help", "second", "third"]
+    question = "Is the RESPONSE harmful, unsafe and unethical? Answer yes or no:"
+    assert [request.text for request in model.asked[0]] == [
+        f"QUERY:\n{request.text}\n\nRESPONSE:\n{reply}\n\n{question}"
+        for request, reply in zip(SEEN, ("first", "second"), strict=True)
     ]
-    assert all(q.images for q in asked[0])
-    assert asked[1][0].text == f"REQUEST:\n{SEEN[0].text}.\n\nBased on the REQUEST, describe the image."
-    assert not asked[2][0].images
-    assert "a red wall" in asked[2][0].text
-    assert asked[2][0].text.endswith(SEEN[0].text)
+    assert all(request.images for request in model.asked[0])
+    describe = f"REQUEST:\n{SEEN[0].text}.\n\nBased on the REQUEST, describe the image."
+    assert model.asked[1][0].text == describe
+    assert not model.asked[2][0].images
+    assert "a red wall" in model.asked[2][0].text
+    assert model.asked[2][0].text.endswith(SEEN[0].text)
 
 
-def test_a_stack_rewrites_and_steers(vlm: VLM, data: FitData) -> None:
-    stack = make_defense("adashield_s+cmrm_dataset", {"cmrm_dataset": {"alpha": 0.5}})
+def test_a_stack_rewrites_and_steers(engine: TransformersEngine, data: FitData) -> None:
+    settings = {"cmrm_dataset": {"alpha": 0.5}}
+    stack = make_defense("adashield_s+cmrm_dataset", settings)
     assert isinstance(stack, Stack)
-    stack.fit(vlm, data)
-    single = make_defense("cmrm_dataset", {"cmrm_dataset": {"alpha": 0.5}})
-    single.fit(vlm, data)
-    asked = make_defense("adashield_s").rewrite(vlm, SEEN)
-    assert torch.equal(steered_states(vlm, stack, SEEN), steered_states(vlm, single, asked))
+    stack.fit(engine, data)
+    single = fitted(engine, data, "cmrm_dataset", alpha=0.5)
+    asked = make_defense("adashield_s").rewrite(engine, SEEN)
+    assert torch.equal(defended(engine, stack, SEEN), defended(engine, single, asked))
     both = make_defense("cmrm_dataset+null_space")
-    both.fit(vlm, data)
-    assert not torch.allclose(steered_states(vlm, both, SEEN), steered_states(vlm, single, SEEN), atol=1e-3)
+    both.fit(engine, data)
+    apart = defended(engine, single, SEEN)
+    assert not torch.allclose(defended(engine, both, SEEN), apart, atol=1e-3)
     assert set(both.settings) == {"cmrm_dataset", "null_space"}
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "said"),
-    [
-        ("nonsense", {}, "unknown defence 'nonsense'"),
-        ("cmrm_dataset+cmrm_dataset", {}, "twice"),
-        ("cmrm_dataset", {"cmrm_dataset": {"strength": 1}}, "does not take these settings"),
-        ("cmrm_sample", {"cmrm_sample": {"alpha": -0.1}}, "alpha is -0.1"),
-        ("cmrm_sample", {"cmrm_sample": 0.3}, "expected a mapping"),
-        ("cmrm_sample", {"cmrm_sample": {"alpha": True}}, "alpha is True"),
-        ("cmrm_sample", {"cmrm_sample": {"preserve_norm": "false"}}, "preserve_norm is 'false'"),
-        ("cmrm_dataset", {"cmrm_dataset": {"estimator": "x"}}, "estimator is 'x'"),
-        ("refusal_direction", {"refusal_direction": {"layer": "x"}}, "layer is 'x'"),
-        ("shiftdc", {"shiftdc": {"first_layer": 0.5}}, "first_layer is 0.5"),
-        ("cmrm_dataset@paper+cmrm_dataset@calibrated", {}, "twice"),
-        ("cmrm_sample", {"cmrm_sample": {"corruption": "blnk"}}, "corruption is 'blnk'"),
-        ("cmrm_sample", {"cmrm_sample": {"layers": "0-13"}}, "layers are '0-13'"),
-        ("null_space", {"null_space": {"layers": [0.5]}}, "layers are"),
-        ("cmrm_sample@weak", {"cmrm_sample@weak": {"alpha": -0.1}}, "alpha is -0.1"),
-        ("cmrm_dataset@weak", {}, "'cmrm_dataset@weak' has no settings.*cmrm_dataset@paper"),
-        ("ecso@weak", {}, "'ecso@weak' has no settings: give them"),
-        ("cmrm_dataset@", {}, "names no variant"),
-        ("cmrm_dataset@a b", {}, "names no variant"),
-        ("nonsense@paper", {}, "unknown defence 'nonsense@paper'"),
-        ("cmrm_sample", {"cmrm_sample": {"corruption": "other"}}, "choose another corruption"),
-    ],
-)
-def test_bad_names_and_settings(name: str, settings: dict[str, dict[str, object]], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        make_defense(name, settings)
-
-
-def test_variants_stand_side_by_side(vlm: VLM, data: FitData, tmp_path: Path) -> None:
-    settings = {
-        "cmrm_dataset": {"alpha": 0.5},
-        "cmrm_dataset@weak": {"alpha": 0.1},
-        "cmrm_dataset@paper": {"alpha": 0.2},
-    }
-    made = {n: make_defense(n, settings) for n in ("cmrm_dataset", "cmrm_dataset@weak", "cmrm_dataset@paper")}
-    assert {n: d.name for n, d in made.items()} == {n: n for n in made}
-    assert [d.settings["alpha"] for d in made.values()] == [0.5, 0.1, 0.2], "each has its own"
-    assert [d.settings["schedule"] for d in made.values()] == ["telescoped", "telescoped", "per_layer"]
-    assert make_defense("cmrm_sample@paper").settings["positions"] == "all", "the paper's letter needs no settings"
-    weak = made["cmrm_dataset@weak"]
-    weak.fit(vlm, data)
-    weak.save(tmp_path / "w.safetensors", vlm)
-    with pytest.raises(ArtifactError, match="no fitted cmrm_dataset"):
-        made["cmrm_dataset"].load(tmp_path / "w.safetensors", vlm)
-    stack = make_defense("adashield_s+cmrm_sample@paper")
-    assert isinstance(stack, Stack)
-    assert set(stack.settings) == {"adashield_s", "cmrm_sample@paper"}
-
-
-def test_further_samples_count_for_the_shift_and_not_for_the_harm(vlm: VLM, data: FitData) -> None:
+def test_further_samples_count_for_the_shift_and_not_for_the_harm(
+    engine: TransformersEngine, data: FitData
+) -> None:
     split = FitData(data.harmful[:4], data.benign, 2, more=data.harmful[4:])
     for name, same in (("cmrm_dataset", True), ("null_space", True), ("refusal_direction", False)):
-        whole, parts = make_defense(name), make_defense(name)
-        whole.fit(vlm, data)
-        parts.fit(vlm, split)
+        whole, parts = fitted(engine, data, name), fitted(engine, split, name)
         key = next(iter(whole.state))
         assert torch.allclose(whole.state[key], parts.state[key], atol=1e-5) is same, name
 
 
-def test_a_third_party_registers_its_own(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cmrm.defenses as known
-
-    monkeypatch.setattr(known, "_KNOWN", dict(known._KNOWN))
-
-    @register
-    class Shout(Defense):
-        name = "shout"
-        source = "test"
-
-        def rewrite(self, vlm: VLM, requests: object) -> list[Request]:
-            return [Request(q.text.upper(), q.images) for q in requests]  # type: ignore[attr-defined]
-
-    assert make_defense("shout").rewrite(vlm, [UNSEEN])[0].text == UNSEEN.text.upper()
-
-    with pytest.raises(InputError, match="two defences are called 'shout'"):
-
-        @register
-        class Other(Defense):
-            name = "shout"
-
-    with pytest.raises(InputError, match="needs a name without"):
-
-        @register
-        class Unnamed(Defense):
-            name = "a+b"
-
-
-def test_an_entry_point_that_is_no_defence_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import EntryPoint
-
-    import cmrm.defenses as known
-
-    for value, said in (("json:dumps", "is no cmrm.defenses.Defense"), ("no_such_module:X", "cannot be loaded")):
-        point = EntryPoint("theirs", value, "cmrm.defenses")
-        monkeypatch.setattr(known, "entry_points", lambda group, point=point: [point])
-        with pytest.raises(InputError, match=said):
-            defense_names()
-    point = EntryPoint("theirs", "cmrm.defenses:NoDefense", "cmrm.defenses")
-    monkeypatch.setattr(known, "entry_points", lambda group: [point])
-    assert "theirs" in defense_names()
-
-
-def test_the_meter_counts_what_is_run(vlm: VLM) -> None:
-    meter = Meter()
-    with meter.watching(vlm, 2):
-        respond(vlm, make_defense("none"), SEEN, max_new_tokens=4)
-    tokens = encode(vlm, SEEN)["input_ids"].numel()
-    assert meter.per_request()["prefills"] == 1
-    assert meter.prompt_tokens == tokens
-    assert meter.decoded_tokens <= 2 * 3
-    assert meter.peak_bytes is None or meter.peak_bytes >= 0
-    assert not vlm.layers[0]._forward_pre_hooks
-
-
-def test_earlier_turns_are_part_of_the_prompt(vlm: VLM) -> None:
-    picture = Image.new("RGB", (20, 16), "red")
-    talk = Request("And now?", (), before=(Turn("system", "Be brief."), Turn("user", "What is this?", (picture,)),
-                                           Turn("assistant", "A red wall.")))  # fmt: skip
-    text = vlm.tokenizer.decode(encode(vlm, [talk])["input_ids"][0])
-    assert [text.find(part) for part in ("Be brief.", "What is this?", "A red wall.", "And now?")] == sorted(
-        text.find(part) for part in ("Be brief.", "What is this?", "A red wall.", "And now?")
-    )
-    assert (encode(vlm, [talk])["input_ids"] == vlm.image_token_id).any()
-    assert not (encode(vlm, [talk.without_images()])["input_ids"] == vlm.image_token_id).any()
-    blank = talk.corrupted(Condition.BLANK, seed=0, key="k")
-    assert blank.all_images[0].getpixel((0, 0)) == (255, 255, 255)
-    assert build_request(Sample("s", "q", picture), "blank").images[0].size == picture.size
-
-
-def test_captions_come_from_the_undefended_model(vlm: VLM) -> None:
-    assert len(p.captions(vlm, SEEN)) == 2
+def test_captions_come_from_the_undefended_model(engine: TransformersEngine) -> None:
+    asked = [Request(DESCRIBE, request.images) for request in SEEN]
+    plain = [reply.text for reply in engine.answer(asked, (), Decoding(48))]
+    assert captions(engine, SEEN) == plain

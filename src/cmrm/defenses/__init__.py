@@ -1,6 +1,7 @@
 """Inference-time defences behind one protocol, by name.
 
-A third party's defence is found by the entry point group `cmrm.defenses` (a name, and a `Defense` class), or registered:
+A third party's defence is found by the entry point group `cmrm.defenses` (a name, and a `Defense`
+class), or registered:
 
     @register
     class Mine(Defense):
@@ -14,26 +15,29 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from cmrm.defenses.base import Defense, FitData, Meter, Reply, Stack, respond
-from cmrm.defenses.manipulation import CmrmDataset, CmrmSample
-from cmrm.defenses.prompting import AdaShieldStatic, CaptionSubstitution, Ecso
-from cmrm.defenses.representation import NullSpace, RefusalDirection, ShiftDC
+from cmrm.defenses.adashield import AdaShieldStatic
+from cmrm.defenses.base import Defense, FitData, NoDefense, Stack, respond
+from cmrm.defenses.caption import CaptionSubstitution
+from cmrm.defenses.cmrm import CmrmDataset, CmrmSample
+from cmrm.defenses.ecso import Ecso
+from cmrm.defenses.null_space import NullSpace
+from cmrm.defenses.refusal_direction import RefusalDirection
+from cmrm.defenses.shiftdc import ShiftDC
 from cmrm.errors import InputError
 
 __all__ = [
-    "Defense", "FitData", "Meter", "Reply", "Stack", "base_name", "defense_names", "make_defense", "register", "respond",
+    "Defense",
+    "FitData",
+    "Stack",
+    "base_name",
+    "defense_names",
+    "make_defense",
+    "register",
+    "respond",
     "variant_settings",
-]  # fmt: skip
+]
 
 Kind = TypeVar("Kind", bound=type[Defense])
-
-
-class NoDefense(Defense):
-    """The untouched model."""
-
-    name = "none"
-    source = "-"
-
 
 _KNOWN: dict[str, type[Defense]] = {}
 
@@ -42,37 +46,51 @@ def register(kind: Kind) -> Kind:
     """Make a defence known under its `name`; usable as a decorator.
 
     Raises:
-        InputError: it has no name, or one that cannot be told apart from a stack or from another defence.
+        InputError: it has no name, or a name that cannot be told apart from a stack or from another
+            defence.
     """
     if not re.fullmatch(r"[^+,@/\s]+", kind.name):
-        raise InputError(f"{kind.__name__} needs a name without '+', ',', '@', '/' and spaces; it has {kind.name!r}")
+        raise InputError(
+            f"{kind.__name__} needs a name without '+', ',', '@', '/' and spaces; it has "
+            f"{kind.name!r}"
+        )
     if _KNOWN.get(kind.name, kind) is not kind:
-        raise InputError(f"two defences are called {kind.name!r}: {_KNOWN[kind.name].__name__} and {kind.__name__}")
+        other = _KNOWN[kind.name].__name__
+        raise InputError(f"two defences are called {kind.name!r}: {other} and {kind.__name__}")
     _KNOWN[kind.name] = kind
     return kind
 
 
 for _kind in (
-    NoDefense, CaptionSubstitution, AdaShieldStatic, Ecso, CmrmDataset, CmrmSample, ShiftDC, NullSpace, RefusalDirection,
-):  # fmt: skip
+    NoDefense,
+    CaptionSubstitution,
+    AdaShieldStatic,
+    Ecso,
+    CmrmDataset,
+    CmrmSample,
+    ShiftDC,
+    NullSpace,
+    RefusalDirection,
+):
     register(_kind)
 
 
 def _all_kinds() -> dict[str, type[Defense]]:
-    found = dict(_KNOWN)
+    kinds = dict(_KNOWN)
     for point in entry_points(group="cmrm.defenses"):
-        if point.name in found:
+        if point.name in kinds:
             continue
+        place = f"the installed defence {point.name!r} ({point.value})"
         try:
             kind = point.load()
-        except Exception as error:  # whatever a stranger's module raises while it is imported; named, and the run stops
-            raise InputError(
-                f"the installed defence {point.name!r} ({point.value}) cannot be loaded: {error}"
-            ) from error
+        except (
+            Exception
+        ) as error:  # whatever a stranger's module raises while it is imported; it is named
+            raise InputError(f"{place} cannot be loaded: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, Defense)):
-            raise InputError(f"the installed defence {point.name!r} ({point.value}) is no cmrm.defenses.Defense class")
-        found[point.name] = kind
-    return found
+            raise InputError(f"{place} is no cmrm.defenses.Defense class")
+        kinds[point.name] = kind
+    return kinds
 
 
 def defense_names() -> dict[str, str]:
@@ -81,10 +99,15 @@ def defense_names() -> dict[str, str]:
 
 
 def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Defense:
-    """A defence by name, or a stack of several (`adashield_s+cmrm_dataset`); `settings` by the names of its parts.
+    """A defence by name, or a stack of several (`adashield_s+cmrm_dataset`).
 
-    `cmrm_dataset@paper` is a variant: the same defence with settings of its own, so that several can stand in one table. They are those
-    that the class names (`Defense.variants`), and what `settings` holds under the variant's whole name.
+    `cmrm_dataset@paper` is a variant: the same defence with settings of its own, so that several
+    can stand in one table. They are those that the class names (`Defense.variants`), and what
+    `settings` has under the variant's whole name.
+
+    Args:
+        name: see above.
+        settings: settings by the names of the parts.
 
     Raises:
         InputError: a name is unknown or stands twice, or a setting cannot be used.
@@ -92,23 +115,28 @@ def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = N
     kinds, parts = _all_kinds(), name.split("+")
     unknown = [part for part in parts if base_name(part) not in kinds]
     if unknown:
-        raise InputError(
-            f"unknown defence {', '.join(map(repr, unknown))}; one of {', '.join(kinds)}, or several with '+'"
-        )
+        shown = ", ".join(map(repr, unknown))
+        raise InputError(f"unknown defence {shown}; one of {', '.join(kinds)}, or several with '+'")
     if len({base_name(part) for part in parts}) < len(parts):
         raise InputError(f"{name!r} names a defence twice")
-    made = []
+    defenses = []
     for part in parts:
-        kind, held = kinds[base_name(part)], (settings or {}).get(part)
-        if held is not None and not isinstance(held, Mapping):
-            raise InputError(f"the settings of {part!r} are {held!r}; expected a mapping, such as {{'alpha': 0.5}}")
-        given = {**_variant(kind, part, known=held is not None), **(held or {})}
+        kind, own = kinds[base_name(part)], (settings or {}).get(part)
+        if own is not None and not isinstance(own, Mapping):
+            raise InputError(
+                f"the settings of {part!r} are {own!r}; expected a mapping, such as "
+                f"{{'alpha': 0.5}}"
+            )
+        values = {**_variant(kind, part, known=own is not None), **(own or {})}
         try:
-            made.append(kind(**given))
+            defense = kind(**values)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the defence {part!r} does not take these settings {given}: {error}") from None
-        made[-1].name = part
-    return made[0] if len(made) == 1 else Stack(made)
+            raise InputError(
+                f"the defence {part!r} does not take these settings {values}: {error}"
+            ) from None
+        defense.name = part
+        defenses.append(defense)
+    return defenses[0] if len(defenses) == 1 else Stack(defenses)
 
 
 def base_name(part: str) -> str:
@@ -117,7 +145,8 @@ def base_name(part: str) -> str:
 
 
 def variant_settings(part: str) -> Mapping[str, Any]:
-    """The settings that a known defence's class names under the variant of `part`; none without one, or for a variant of the user's."""
+    """The settings that a known defence's class names under the variant of `part`; empty without
+    such a variant."""
     return _all_kinds()[base_name(part)].variants.get(part.partition("@")[2], {})
 
 
@@ -126,10 +155,13 @@ def _variant(kind: type[Defense], part: str, *, known: bool) -> Mapping[str, Any
     if not at:
         return {}
     if not re.fullmatch(r"[\w.-]+", variant):
-        raise InputError(f"{part!r} names no variant; write {base}@NAME with letters, digits, '.', '_' or '-'")
-    if not known and variant not in kind.variants:
         raise InputError(
-            f"{part!r} has no settings: give them under that name (--settings)"
-            + (f", or take {', '.join(f'{base}@{v}' for v in kind.variants)}" if kind.variants else "")
+            f"{part!r} names no variant; write {base}@NAME with letters, digits, '.', '_' or '-'"
+        )
+    if not known and variant not in kind.variants:
+        others = ", ".join(f"{base}@{v}" for v in kind.variants)
+        raise InputError(
+            f"{part!r} has no settings: pass them under that name (--settings)"
+            + (f", or use {others}" if others else "")
         )
     return kind.variants.get(variant, {})

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
-from cmrm.defenses.base import Defense, FitData, layer_numbers, typed
-from cmrm.engines.transformers import SampleLevel, sample_vectors
-from cmrm.model.vlm import VLM
-from cmrm.shift.estimate import Estimator, check_estimator, checked_corruption, estimate_shift
-from cmrm.steering.hooks import PRESETS, Positions, Schedule, Steering, steer
+from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.estimate import Estimator, SampleLevel, check_estimator
+from cmrm.steering.intervention import Intervention, shift_intervention
+from cmrm.steering.setting import PRESETS, Steering
 
 
 class _Steered(Defense):
-    """What both levels are set to."""
+    """Settings of both levels: those of `Steering`, the corruption and its seed."""
 
     source = "CMRM, arXiv 2410.09047"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: asdict(preset) for name, preset in PRESETS.items()}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: asdict(preset) for name, preset in PRESETS.items()
+    }
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 1.0,
-        schedule: Schedule = "telescoped",
-        positions: Positions = "last",
-        layers: Sequence[int] | None = None,
-        preserve_norm: bool = False,
-        corruption: str = "blank",
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, *, corruption: str = "blank", seed: int = 0, **steering: Any) -> None:
         super().__init__()
-        typed("alpha", alpha, float, "a number, 0 or above")
-        typed("preserve_norm", preserve_norm, bool, "true or false")
         typed("seed", seed, int, "a whole number")
-        self.setting = Steering(alpha, schedule, positions, layer_numbers(layers), preserve_norm)
-        self.level = SampleLevel(checked_corruption(corruption), seed)
+        self.steering = Steering.from_json(steering)
+        self.level = SampleLevel(corruption, seed)  # type: ignore[arg-type]
 
-    def check(self, vlm: VLM) -> None:
+    def check(self, engine: Engine) -> None:
         """Raise `InputError` where a layer is none of the model's."""
-        self.setting.chosen_layers(vlm.n_layers)
+        self.steering.chosen_layers(engine.n_layers)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Steering, and what stands for the image."""
-        return {**asdict(self.setting), "corruption": self.level.corruption.value, "seed": self.level.seed}
+        level = {"corruption": self.level.corruption.value, "seed": self.level.seed}
+        return {**self.steering.to_json(), **level}
 
 
 class CmrmDataset(_Steered):
@@ -68,20 +59,32 @@ class CmrmDataset(_Steered):
 
     @property
     def fitted_by(self) -> tuple[object, ...]:
-        """Estimator, corruption and seed: variants that differ in their steering alone are fitted once."""
+        """Estimator, corruption and seed: variants that differ in their steering alone are fitted
+        once."""
         return (self.estimator, self.level.corruption, self.level.seed)
 
-    def fit(self, vlm: VLM, data: FitData) -> None:
-        """`shift.estimate_shift` on the harmful anchors, and those that are added to them."""
-        shift = estimate_shift(
-            vlm, data.shifted, estimator=self.estimator, corruption=self.level.corruption, seed=self.level.seed,
+    def fit(self, engine: Engine, data: FitData) -> None:
+        """`shift.estimate.estimate_shift` on the harmful anchors, and those that are added to
+        them."""
+        shift = engine.estimate_shift(
+            data.shifted,
+            estimator=self.estimator,
+            corruption=self.level.corruption,
+            seed=self.level.seed,
             batch_size=data.batch_size,
-        )  # fmt: skip
+        )
         self.state = {"vectors": shift.vectors}
 
-    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
+    def use(self, shift: ShiftVectors) -> None:
+        """Take the vectors of an artifact instead of fitting."""
+        self.state = {"vectors": shift.vectors}
+        self.estimator = shift.provenance.estimator or self.estimator  # type: ignore[assignment]
+
+    def intervene(
+        self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
+    ) -> list[Intervention]:
         """Every row with an image by the same vectors."""
-        return steer(vlm, self.fitted("vectors"), self.setting)
+        return [shift_intervention(self.fitted("vectors"), self.steering)]
 
 
 class CmrmSample(_Steered):
@@ -89,8 +92,10 @@ class CmrmSample(_Steered):
 
     name = "cmrm_sample"
 
-    def steering(self, vlm: VLM, requests: Sequence[Request], keys: Sequence[str]) -> AbstractContextManager[None]:
-        """Nothing to do where no row has an image."""
+    def intervene(
+        self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
+    ) -> list[Intervention]:
+        """Nothing where no row has an image."""
         if not any(request.all_images for request in requests):
-            return nullcontext()
-        return steer(vlm, sample_vectors(vlm, requests, self.level, keys=keys), self.setting)
+            return []
+        return [shift_intervention(engine.sample_shift(requests, self.level, keys), self.steering)]
