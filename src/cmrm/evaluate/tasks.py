@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from inspect_ai import Epochs, Task
 from inspect_ai.dataset import MemoryDataset
@@ -13,11 +14,14 @@ from inspect_ai.model import ChatMessageUser, Content, ContentImage, ContentText
 from inspect_ai.solver import generate
 from PIL import Image
 
-from cmrm.prompts.conditions import Condition, Request, build_request, choose_donors
-from cmrm.evaluate.provider import BATCH_HINT
+from cmrm.evaluate.batcher import Place
+from cmrm.evaluate.provider import PLACE
 from cmrm.evaluate.scorers import scorers_for
-from cmrm.prompts.sample import Sample
+from cmrm.measure.loop import ask_batches, batch_id, ordered
+from cmrm.measure.outcomes import kind_of
 from cmrm.prompts import Loaded
+from cmrm.prompts.conditions import Condition, Request
+from cmrm.prompts.sample import Sample
 
 
 def set_task(
@@ -32,53 +36,54 @@ def set_task(
 ) -> Task:
     """The samples of a set under one condition.
 
-    Harmful and benign samples are scored by every judge of `judges`, those with a reference answer by comparison with it
-    (`Sample.match`), or by `rater` where they ask for a judge. Samples are ordered by length and put into fixed batches, which a cmrm model keeps to: a run that was killed and goes on
-    computes the very same batches.
+    Harmful and benign samples are scored by every judge of `judges`, those with a reference answer
+    by comparison with it (`Sample.match`), or by `rater` where they ask for a judge. The requests
+    stand in the batches of `measure.loop`, which a cmrm model keeps to: a run that was killed and
+    is started again computes the very same batches.
+
+    Raises:
+        InputError: a sample cannot be put under the condition, or a judge cannot be used.
     """
     condition = Condition(condition)
-    donors = choose_donors(loaded.samples, seed=seed) if condition is Condition.OTHER else None
-    ordered = sorted(loaded.samples, key=lambda s: (s.answer is not None, len(s.query), s.id))
-    rows = []
-    for at, sample in enumerate(ordered):
-        batch = at // batch_size
-        hint = {
-            "id": f"{loaded.name}/{condition.value}/{batch}",
-            "size": min(batch_size, len(ordered) - batch * batch_size),
-            "key": sample.id,
-        }
-        request = build_request(sample, condition, seed=seed, donors=donors)
-        rows.append(
-            InspectSample(
-                id=sample.id,
-                input=[ChatMessageUser(content=content_of(request), metadata={BATCH_HINT: hint})],
-                target=sample.answer or "",
-                metadata=sample_metadata(sample, loaded.name, condition),
+    samples = ordered(loaded.samples)
+    rows: list[InspectSample] = []
+    for asks in ask_batches(samples, condition, seed=seed, batch_size=batch_size):
+        batch = batch_id(asks)
+        for index, ask in enumerate(asks):
+            place = {**asdict(Place(batch, len(asks), index)), "key": ask.key}
+            message = ChatMessageUser(content=content_of(ask.request), metadata={PLACE: place})
+            sample = samples[len(rows)]
+            rows.append(
+                InspectSample(
+                    id=sample.id,
+                    input=[message],
+                    target=sample.answer or "",
+                    metadata=sample_metadata(sample, loaded.name, condition),
+                )
             )
-        )
     return Task(
         dataset=MemoryDataset(rows, name=loaded.name),
         solver=generate(),
         scorer=scorers_for(judges, rater),
-        epochs=Epochs(1, "mode"),  # the default reducer would turn verdicts into numbers before the metrics see them
+        # The default reducer would turn verdicts into numbers before the metrics see them.
+        epochs=Epochs(1, "mode"),
         config=GenerateConfig(max_tokens=max_new_tokens),
         name=f"{loaded.name}-{condition.value}",
-        metadata={"set": loaded.to_json(), "condition": condition.value, "seed": seed, "batch_size": batch_size},
+        metadata={
+            "set": loaded.to_json(),
+            "condition": condition.value,
+            "seed": seed,
+            "batch_size": batch_size,
+        },
     )
 
 
 def sample_metadata(sample: Sample, name: str, condition: Condition) -> dict[str, str]:
     """What scorers and tables read of a sample."""
-    if sample.label in {"harmful", "benign"}:
-        kind = str(sample.label)
-    elif sample.answer is None:
-        kind = "other"
-    else:
-        kind = "open" if sample.match == "judge" else "utility"
     return {
         "set": name,
         "condition": condition.value,
-        "kind": kind,
+        "kind": kind_of(sample),
         "category": sample.category or "",
         "request": sample.query,
         "match": sample.match,
@@ -89,12 +94,12 @@ def sample_metadata(sample: Sample, name: str, condition: Condition) -> dict[str
 def content_of(request: Request) -> list[Content]:
     """A request's images and text, in its order, images as lossless data URIs."""
     images: list[Content] = [ContentImage(image=data_uri(image)) for image in request.images]
-    said: list[Content] = [ContentText(text=request.text)]
-    return said + images if request.image_last else images + said
+    text: list[Content] = [ContentText(text=request.text)]
+    return text + images if request.image_last else images + text
 
 
 def data_uri(image: Image.Image) -> str:
     """As PNG."""
-    held = io.BytesIO()
-    image.save(held, "PNG")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

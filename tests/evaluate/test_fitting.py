@@ -1,0 +1,107 @@
+"""Fitted defences, and vectors that come from `cmrm extract`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("inspect_ai", reason="evaluation needs the extra `eval`")
+
+from cmrm import estimate_shift, generate
+from cmrm.defenses import FitData
+from cmrm.defenses.cmrm import CmrmDataset
+from cmrm.engines.base import Engine
+from cmrm.errors import ArtifactError, InputError
+from cmrm.evaluate.fitting import fit_defenses
+from cmrm.evaluate.logs import read_cells
+from cmrm.evaluate.provider import shared_engine
+from cmrm.evaluate.run import evaluate
+from cmrm.shift.artifact import Artifact
+from cmrm.steering.setting import Steering
+from evaluate.plans import anchors, quiet, small_plan, small_set
+
+pytestmark = pytest.mark.usefixtures("no_models_left")
+
+
+def test_variants_that_steer_otherwise_are_fitted_once(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[str] = []
+    fit = CmrmDataset.fit
+
+    def counted(self: CmrmDataset, engine: Engine, data: FitData) -> None:
+        fits.append(self.name)
+        fit(self, engine, data)
+
+    monkeypatch.setattr(CmrmDataset, "fit", counted)
+    names = ("cmrm_dataset@paper", "cmrm_dataset@calibrated", "cmrm_dataset@mean")
+    settings = {"cmrm_dataset@mean": {"estimator": "mean"}}
+    plan = small_plan(checkpoint, defenses=names, settings=settings)
+    fit_defenses(plan, shared_engine(checkpoint), tmp_path)
+    assert fits == ["cmrm_dataset@paper", "cmrm_dataset@mean"]
+    assert {file.stem for file in tmp_path.iterdir()} == set(names)
+
+
+def test_a_shift_of_extract_is_used_as_it_recommends(checkpoint: str, tmp_path: Path) -> None:
+    engine = shared_engine(checkpoint)
+    shift = replace(
+        estimate_shift(engine.vlm, anchors().harmful, estimator="mean"),
+        recommended=Steering(alpha=0.4, layers=(1,)),
+    )
+    names = ("cmrm_dataset", "cmrm_dataset@paper", "cmrm_dataset@weak")
+    plan = small_plan(
+        checkpoint, defenses=names, anchors=None, shift=shift,
+        settings={"cmrm_dataset@weak": {"alpha": 0.1}},
+    )  # fmt: skip
+    results = evaluate(plan, tmp_path, say=quiet)
+    settings = {cell["defense"]: cell["settings"] for cell in results["cells"]}
+    fields = ("alpha", "layers", "schedule", "estimator")
+    shown = {name: tuple(settings[name][field] for field in fields) for name in names}
+    assert shown == {
+        "cmrm_dataset": (0.4, [1], "telescoped", "mean"),
+        "cmrm_dataset@paper": (1.0, None, "per_layer", "mean"),
+        "cmrm_dataset@weak": (0.1, [1], "telescoped", "mean"),
+    }
+    steered = generate(
+        engine.vlm, list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
+    )
+    (cell,) = (cell for cell in read_cells(tmp_path / "logs") if cell.defense == names[0])
+    replies = {outcome.sample_id: outcome.reply for outcome in cell.outcomes.values()}
+    assert replies == {generation.sample_id: generation.text for generation in steered}
+    other = replace(plan, shift=replace(shift, vectors=2 * shift.vectors))
+    with pytest.raises(InputError, match=r"holds another run \(settings of cmrm_dataset,"):
+        evaluate(other, tmp_path, say=quiet)
+
+
+def test_a_shift_of_other_weights_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    vlm = shared_engine(checkpoint).vlm
+    shift = estimate_shift(vlm, anchors().harmful)
+    with torch.no_grad():
+        next(vlm.model.parameters()).data.add_(1.0)
+    with pytest.raises(ArtifactError, match="does not fit"):
+        evaluate(small_plan(checkpoint, shift=shift), tmp_path, say=quiet)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_fitted_state_is_an_artifact_and_of_its_weights_alone(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    plan = small_plan(checkpoint, defenses=("shiftdc", "cmrm_dataset"))
+    engine = shared_engine(checkpoint)
+    fit_defenses(plan, engine, tmp_path)
+    for name in ("shiftdc", "cmrm_dataset"):
+        artifact = Artifact.load(tmp_path / f"{name}.safetensors")
+        assert artifact.identity is not None
+    with torch.no_grad():
+        next(engine.vlm.model.parameters()).data.add_(1.0)
+    with pytest.raises(ArtifactError, match="does not fit"):
+        fit_defenses(plan, engine, tmp_path)
+
+
+def test_a_shift_without_a_defence_that_takes_it(checkpoint: str) -> None:
+    shift = estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful)
+    with pytest.raises(InputError, match="a shift belongs to the defence cmrm_dataset"):
+        small_plan(checkpoint, defenses=("ecso",), shift=shift)
