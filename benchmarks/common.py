@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from cmrm.model.compat import mend_torchvision
+from cmrm.model.compat import patch_torchvision
 
-mend_torchvision()
+patch_torchvision()
 
 from transformers import (  # noqa: E402
     CLIPVisionConfig,
@@ -28,51 +28,72 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from cmrm import wrap_vlm  # noqa: E402
 from cmrm.demo.backbone import IMAGE_TOKEN, halve, load_tokenizer  # noqa: E402
-from cmrm.prompts.ours.samples import prompt_samples  # noqa: E402
 from cmrm.model.vlm import VLM  # noqa: E402
+from cmrm.prompts.ours import prompt_samples  # noqa: E402
 from cmrm.prompts.sample import Sample  # noqa: E402
 
 IMAGE_SIZE, PATCH = 336, 14
 
 
 def random_llava(*, tiny: bool = False) -> VLM:
-    """A LLaVA-1.5 in shape (336 pixels, 576 image tokens) on a backbone of SmolLM2-135M's size, random weights, bfloat16.
+    """A LLaVA-1.5 in shape (336 pixels, 576 image tokens) on a backbone of SmolLM2-135M's size,
+    random weights, bfloat16.
 
-    Its vision tower is a small one (4 layers, width 256): a real one costs more in a bare forward and nothing more in an
-    extraction that runs the image once, so the ratios are upper bounds in this respect.
+    Its vision tower is a small one (4 layers, width 256): a real one costs more in a bare forward
+    and nothing more in an extraction that runs the image once, so the ratios are upper bounds in
+    this respect.
     """
     tokenizer = load_tokenizer()
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
-        tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token=IMAGE_TOKEN, chat_template=tokenizer.chat_template,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(
-                hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-                image_size=IMAGE_SIZE, patch_size=PATCH,
+                hidden_size=256,
+                intermediate_size=1024,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=IMAGE_SIZE,
+                patch_size=PATCH,
             ),
             text_config=LlamaConfig(
-                vocab_size=49152, hidden_size=64 if tiny else 576, intermediate_size=128 if tiny else 1536,
-                num_hidden_layers=3 if tiny else 30, num_attention_heads=9 if not tiny else 4,
-                num_key_value_heads=3 if not tiny else 2, max_position_embeddings=8192, tie_word_embeddings=True,
+                vocab_size=49152,
+                hidden_size=64 if tiny else 576,
+                intermediate_size=128 if tiny else 1536,
+                num_hidden_layers=3 if tiny else 30,
+                num_attention_heads=9 if not tiny else 4,
+                num_key_value_heads=3 if not tiny else 2,
+                max_position_embeddings=8192,
+                tie_word_embeddings=True,
             ),
             image_token_index=16,
             vision_feature_layer=-1,
         )
-    )  # fmt: skip
+    )
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return wrap_vlm(halve(model.eval()), processor, model_id="random LLaVA-1.5 shape")
 
 
 def anchors(n: int) -> list[Sample]:
-    """`n` requests of our prompt set (training and anchor words only), each with an easy-VQA image."""
-    held = prompt_samples("anchor", "harmful") + prompt_samples("anchor", "benign")
+    """`n` requests of our prompt set (training and anchor words only), each with an easy-VQA
+    image."""
+    prompts = prompt_samples("anchor", "harmful") + prompt_samples("anchor", "benign")
     return [
-        Sample(f"{k}-{held[k % len(held)].id}", held[k % len(held)].query, held[k % len(held)].image) for k in range(n)
+        Sample(
+            f"{k}-{prompts[k % len(prompts)].id}",
+            prompts[k % len(prompts)].query,
+            prompts[k % len(prompts)].image,
+        )
+        for k in range(n)
     ]
 
 
@@ -81,7 +102,9 @@ def arguments(doc: str | None, **defaults: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few inputs: does it still run?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and few inputs: does it still run?"
+    )
     return parser.parse_args()
 
 
@@ -93,7 +116,8 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def paired_ratio(a: Callable[[], Any], b: Callable[[], Any], *, pairs: int) -> dict[str, Any]:
-    """Median over pairs of time(a) / time(b), run A B A B in one process after one run of each to warm up."""
+    """Median over pairs of time(a) / time(b), run A B A B in one process after one run of each to
+    warm up."""
     a()
     b()
     ratios, times = [], []
@@ -110,8 +134,12 @@ def paired_ratio(a: Callable[[], Any], b: Callable[[], Any], *, pairs: int) -> d
     }
 
 
-def report(figure: str, found: dict[str, Any], **more: Any) -> None:
+def report(figure: str, values: dict[str, Any], **more: Any) -> None:
     """Print one figure as one JSON line, with the machine."""
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine(),
-               "torch": torch.__version__}  # fmt: skip
-    print(json.dumps({"figure": figure, **found, **more, "machine": machine}), flush=True)
+    machine = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps({"figure": figure, **values, **more, "machine": machine}), flush=True)

@@ -1,4 +1,5 @@
-"""`decode_ratio_hooks`: dataset level, decoded tokens a second steered / bare, by hooks; one row, after a 576-token image."""
+"""`decode_ratio_hooks`: dataset level, decoded tokens a second steered / bare, by hooks; one row,
+after a 576-token image."""
 
 from __future__ import annotations
 
@@ -7,23 +8,25 @@ from common import anchors, arguments, random_llava, report, seconds
 
 from cmrm import Steering, steer
 from cmrm.model.compat import cache_of, with_cache
+from cmrm.model.encode import encode
 from cmrm.prompts.conditions import build_requests
-from cmrm.model.vlm import encode
 
 
 def main() -> None:
     """Print the figure."""
-    given = arguments(__doc__, tokens=64, pairs=15)
-    vlm = random_llava(tiny=given.tiny)
+    options = arguments(__doc__, tokens=64, pairs=15)
+    vlm = random_llava(tiny=options.tiny)
     inputs = encode(vlm, list(build_requests(anchors(1), "original")))
     generator = torch.Generator().manual_seed(0)
     vectors = 1e-3 * torch.randn(vlm.n_layers, vlm.hidden_size, generator=generator)
-    count = 4 if given.tiny else given.tokens
+    count = 4 if options.tiny else options.tokens
 
     @torch.inference_mode()
     def decode() -> float:
         """Seconds of decoding alone, token by token, behind a fresh prefill."""
-        behind = with_cache(vlm.model, cache_of(vlm.model(**inputs, use_cache=True, logits_to_keep=1)))
+        behind = with_cache(
+            vlm.model, cache_of(vlm.model(**inputs, use_cache=True, logits_to_keep=1))
+        )
         token = torch.full((1, 1), 42)
 
         def tokens() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
         with steer(vlm, vectors, Steering(0.5)):
             return decode()
 
-    pairs = 1 if given.tiny else given.pairs
+    pairs = 1 if options.tiny else options.pairs
     steered()
     decode()
     ratios, speeds = [], []
@@ -47,9 +50,14 @@ def main() -> None:
         speeds.append(count / times[decode])
     ratios.sort()
     speeds.sort()
-    found = {"value": round(ratios[pairs // 2], 4), "low": round(ratios[0], 4), "high": round(ratios[-1], 4),
-             "pairs": pairs, "tokens_per_second_bare": round(speeds[pairs // 2], 1)}  # fmt: skip
-    report("decode_ratio_hooks", found, tokens=count, target=0.98)
+    ratio = {
+        "value": round(ratios[pairs // 2], 4),
+        "low": round(ratios[0], 4),
+        "high": round(ratios[-1], 4),
+        "pairs": pairs,
+        "tokens_per_second_bare": round(speeds[pairs // 2], 1),
+    }
+    report("decode_ratio_hooks", ratio, tokens=count, target=0.98)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`extraction_memory_growth`: peak memory above the model, N = many / N = few anchors, each in a process of its own."""
+"""`extraction_memory_growth`: peak memory above the model, N = many / N = few anchors, each in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -40,14 +41,19 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=100_000)
     parser.add_argument("--tiny", action="store_true", help="few anchors: does it still run?")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        measure(given.child)
+    options = parser.parse_args()
+    if options.child:
+        measure(options.child)
         return
-    sizes = (20, 60) if given.tiny else (given.few, given.many)
+    sizes = (20, 60) if options.tiny else (options.few, options.many)
     peaks = {}
     for n in sizes:
-        done = subprocess.run([sys.executable, __file__, "--child", str(n)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", str(n)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks[n] = json.loads(done.stdout.strip().splitlines()[-1])["peak_kib"]
     value = peaks[sizes[1]] / max(1, peaks[sizes[0]])
     report("extraction_memory_growth", {"value": round(value, 4)}, peak_kib=peaks, target=1.05)

@@ -1,9 +1,10 @@
-"""Peers on the text model that they support: extraction / bare forward of the same prompts, and decoding steered / bare.
+"""Peers on the text model that they support: extraction / bare forward of the same prompts, and
+decoding steered / bare.
 
     pip install --no-deps repeng==0.4.0 steering-vectors==0.12.2
 
-They pin older numpy and transformers than cmrm takes, hence --no-deps. A peer that is not installed is left out and
-named on stderr.
+They pin older numpy and transformers than cmrm takes, hence --no-deps. A peer that is not installed
+is left out and named on stderr.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import numpy as np
 import torch
 from common import arguments, paired_ratio, report, seconds
 
+from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
 from cmrm.model.compat import cache_of, with_cache
 from cmrm.prompts.ours import load_prompts
-from cmrm.demo.backbone import halve, load_backbone, load_tokenizer
 
 BATCH = 16
 Steered = Callable[[], AbstractContextManager[Any]]
 
 
 def repeng(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[], Any], Steered]:
-    """repeng: states of all layers, and a control vector at layers 1 to the last (it leaves layer 0 out)."""
+    """repeng: states of all layers, and a control vector at layers 1 to the last (it leaves layer 0
+    out)."""
     if not hasattr(np, "float_"):
         np.float_ = np.float64  # repeng's annotations name a type that numpy 2 took away
     from repeng import ControlModel
@@ -39,7 +41,9 @@ def repeng(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[],
     def steered() -> Any:
         wrapped = ControlModel(model, list(layers))
         width = model.config.hidden_size
-        wrapped.set_raw_control({k: 1e-3 * torch.ones(width, dtype=model.dtype) for k in wrapped.layer_ids})
+        wrapped.set_raw_control(
+            {k: 1e-3 * torch.ones(width, dtype=model.dtype) for k in wrapped.layer_ids}
+        )
         try:
             yield wrapped
         finally:
@@ -48,7 +52,9 @@ def repeng(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[],
     return lambda: batched_get_hiddens(model, tokenizer, prompts, list(layers), BATCH), steered
 
 
-def steering_vectors(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Callable[[], Any], Steered]:
+def steering_vectors(
+    model: Any, tokenizer: Any, prompts: list[str]
+) -> tuple[Callable[[], Any], Steered]:
     """steering-vectors: activations of pairs of prompts at all layers, and a vector at each."""
     from steering_vectors import SteeringVector, extract_activations
 
@@ -60,21 +66,31 @@ def steering_vectors(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Ca
             for k in range(model.config.num_hidden_layers)
         }
     )
-    return lambda: extract_activations(model, tokenizer, pairs, batch_size=BATCH), lambda: vector.apply(model)
+    return lambda: extract_activations(
+        model, tokenizer, pairs, batch_size=BATCH
+    ), lambda: vector.apply(model)
 
 
 PEERS = {"repeng": repeng, "steering-vectors": steering_vectors}
 
 
 def main() -> None:
-    """Print `peer_extraction_ratio_<peer>` and `peer_decode_ratio_<peer>` of every installed one."""
-    given = arguments(__doc__, prompts=128, pairs=5, tokens=64)
-    n, pairs, count = (4, 1, 4) if given.tiny else (given.prompts, given.pairs, given.tokens)
+    """Print `peer_extraction_ratio_<peer>` and `peer_decode_ratio_<peer>` of every installed
+    one."""
+    options = arguments(__doc__, prompts=128, pairs=5, tokens=64)
+    n, pairs, count = (
+        (4, 1, 4) if options.tiny else (options.prompts, options.pairs, options.tokens)
+    )
     model, tokenizer = halve(load_backbone()), load_tokenizer()
     prompts = sorted((p.text for p in load_prompts() if p.split != "test"), key=len)[:n]
-    batches = [tokenizer(prompts[k : k + BATCH], padding=True, return_tensors="pt") for k in range(0, n, BATCH)]
+    batches = [
+        tokenizer(prompts[k : k + BATCH], padding=True, return_tensors="pt")
+        for k in range(0, n, BATCH)
+    ]
 
-    single = tokenizer(prompts[:1], return_tensors="pt")  # repeng's mask takes one row with the transformers of today
+    single = tokenizer(
+        prompts[:1], return_tensors="pt"
+    )  # repeng's mask takes one row with the transformers of today
 
     @torch.inference_mode()
     def bare() -> None:
@@ -94,21 +110,31 @@ def main() -> None:
 
     for name, peer in PEERS.items():
         try:
-            held = version(name)
+            release = version(name)
             extraction, steered = peer(model, tokenizer, prompts)
         except (PackageNotFoundError, ImportError) as error:
             print(f"{name} left out: {error}", file=sys.stderr)
             continue
-        found = paired_ratio(extraction, bare, pairs=pairs)
-        report(f"peer_extraction_ratio_{name}", found, version=held, prompts=n)
+        ratio = paired_ratio(extraction, bare, pairs=pairs)
+        report(f"peer_extraction_ratio_{name}", ratio, version=release, prompts=n)
         ratios = []
         for _ in range(pairs):
             plain = decode()
             with steered():
                 ratios.append(plain / decode())
         ratios.sort()
-        report(f"peer_decode_ratio_{name}", {"value": round(ratios[pairs // 2], 4), "low": round(ratios[0], 4),
-               "high": round(ratios[-1], 4), "pairs": pairs}, version=held, tokens=count, rows=1)  # fmt: skip
+        report(
+            f"peer_decode_ratio_{name}",
+            {
+                "value": round(ratios[pairs // 2], 4),
+                "low": round(ratios[0], 4),
+                "high": round(ratios[-1], 4),
+                "pairs": pairs,
+            },
+            version=release,
+            tokens=count,
+            rows=1,
+        )
 
 
 if __name__ == "__main__":

@@ -23,40 +23,56 @@ TARGETS = {
 def main() -> None:
     """All of them, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="tiny models, no RESULTS.md: do they still run?")
     parser.add_argument(
-        "--only", choices=SCRIPTS, action="append", help="these alone; others keep their lines in RESULTS.md"
+        "--tiny", action="store_true", help="tiny models, no RESULTS.md: do they still run?"
     )
-    given = parser.parse_args()
-    held = HERE / "results.json"
-    lines = {} if given.tiny or not held.exists() else json.loads(held.read_text(encoding="utf-8"))
-    for name in given.only or SCRIPTS:
-        command = [sys.executable, str(HERE / f"{name}.py"), *(["--tiny"] if given.tiny else [])]
+    parser.add_argument(
+        "--only",
+        choices=SCRIPTS,
+        action="append",
+        help="these alone; others keep their lines in RESULTS.md",
+    )
+    options = parser.parse_args()
+    stored = HERE / "results.json"
+    lines = (
+        {}
+        if options.tiny or not stored.exists()
+        else json.loads(stored.read_text(encoding="utf-8"))
+    )
+    for name in options.only or SCRIPTS:
+        command = [sys.executable, str(HERE / f"{name}.py"), *(["--tiny"] if options.tiny else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         for line in done.stdout.splitlines():
             if line.startswith("{"):
                 print(line, flush=True)
-                found = json.loads(line)
-                lines[found["figure"]] = {**found, "date": datetime.now(UTC).date().isoformat()}
-    if not given.tiny:
-        held.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+                figure = json.loads(line)
+                lines[figure["figure"]] = {**figure, "date": datetime.now(UTC).date().isoformat()}
+    if not options.tiny:
+        stored.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
         (HERE / "RESULTS.md").write_text(table(lines), encoding="utf-8")
 
 
 def table(lines: dict[str, dict[str, object]]) -> str:
     """The lines as a page."""
     rows = []
-    for name, found in lines.items():
-        machine = found["machine"]
+    for name, figure in lines.items():
+        machine = figure["machine"]
         assert isinstance(machine, dict)
-        spread = f"{found['low']} to {found['high']} over {found['pairs']} pairs" if "low" in found else ""
+        spread = (
+            f"{figure['low']} to {figure['high']} over {figure['pairs']} pairs"
+            if "low" in figure
+            else ""
+        )
         rows.append(
-            f"| {name} | {found['value']} | {TARGETS.get(name, '')} | {spread} | {machine['cores']} cores {machine['machine']}, "
-            f"torch {machine['torch']}, {found['date']} |"
+            f"| {name} | {figure['value']} | {TARGETS.get(name, '')} | {spread} | "
+            f"{machine['cores']} cores {machine['machine']}, "
+            f"torch {machine['torch']}, {figure['date']} |"
         )
     return (
-        "# Benchmarks\n\nWritten by `just bench` (`python benchmarks/run.py`). Each script says in its first line what it measures; "
-        "ratios are medians of interleaved pairs in one process.\n\n| figure | value | target | spread | machine |\n"
+        "# Benchmarks\n\nWritten by `just bench` (`python benchmarks/run.py`). Each script says in "
+        "its first line what it measures; "
+        "ratios are medians of interleaved pairs in one process.\n\n| figure | value | target | "
+        "spread | machine |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

@@ -1,10 +1,10 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 2."""
+"""Errors that a user can correct. The command line prints them as one line and exits with 2."""
 
 from __future__ import annotations
 
 
 class CmrmError(Exception):
-    """Base of all errors whose message names the cause and the mend."""
+    """Base of all errors whose message names the cause and the remedy."""
 
 
 class InputError(CmrmError):

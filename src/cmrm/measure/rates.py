@@ -211,11 +211,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[k]))
         corrected[k] = largest
     return corrected
-
-
-def __getattr__(
-    name: str,
-) -> Any:  # moved names, until every caller imports them from `measure.kappa`
-    from cmrm.measure import kappa
-
-    return getattr(kappa, name)
