@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from cmrm.model.compat import mend_torchvision
+from cmrm.model.compat import patch_torchvision
 
-mend_torchvision()
+patch_torchvision()
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -48,7 +48,7 @@ def no_models_left() -> Iterator[None]:
     yield
     from cmrm.evaluate import provider
 
-    provider._LOADED.clear()
+    provider._ENGINES.clear()
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +71,10 @@ def anchors() -> list[Sample]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Tests never touch the user's cache, except those that ask for the assembled demo VLM, nor the user's data."""
+def own_cache(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Tests touch neither the user's data nor the user's cache, except for the demo VLM."""
     monkeypatch.delenv("CMRM_DATA", raising=False)
-    if "demo" not in request.keywords:
+    if request.node.get_closest_marker("demo") is None:
         monkeypatch.setenv("CMRM_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Tiny random models of every covered family, with real processors built from nothing but this file: no hub."""
+"""Tiny random models of every covered family, with real processors: no hub is needed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
+    DeepseekVLImageProcessorPil,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -33,10 +39,12 @@ SQUARE = {"height": SIZE, "width": SIZE}
 
 
 def byte_tokenizer(**extra: str) -> Any:
-    """A byte-level tokenizer whose special tokens are `extra` (name -> token), reachable as attributes too."""
+    """A byte-level tokenizer with the special tokens `extra`, name -> token, also as attributes."""
     special = ["<pad>", "<s>", "</s>", *dict.fromkeys(extra.values())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={token: k for k, token in enumerate(special + alphabet)}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={token: k for k, token in enumerate(special + alphabet)}, merges=[])
+    )
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return tf.PreTrainedTokenizerFast(
@@ -52,9 +60,13 @@ def byte_tokenizer(**extra: str) -> Any:
 def template(image: str) -> str:
     """A chat template that puts `image` where an image part stands."""
     return (
-        "{% for m in messages %}<s>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for p in m['content'] %}{% if p['type'] == 'image' %}" + image + "{% else %}{{ p['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+        "{% for m in messages %}<s>{{ m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{% if p['type'] == 'image' %}"
+        + image
+        + "{% else %}{{ p['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
 
 
@@ -71,7 +83,8 @@ def text_settings(**changes: Any) -> dict[str, Any]:
 def vision_settings(**changes: Any) -> dict[str, Any]:
     """Settings of a two-layer vision transformer on 16 x 16 pixels."""
     return {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "image_size": SIZE, "patch_size": PATCH, **changes,
     }  # fmt: skip
 
@@ -89,14 +102,18 @@ def seeded(make: Callable[[], Any]) -> Any:
 
 
 def clip_pixels() -> Any:
-    return CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, do_center_crop=False, do_convert_rgb=True)
+    return CLIPImageProcessorPil(
+        size=SQUARE, crop_size=SQUARE, do_center_crop=False, do_convert_rgb=True
+    )
 
 
 def siglip_pixels() -> Any:
     return SiglipImageProcessorPil(size=SQUARE, do_convert_rgb=True)
 
 
-def _llava_like(config_class: Any, model_class: Any, text: dict[str, Any] | None = None, **more: Any) -> Built:
+def _llava_like(
+    config_class: Any, model_class: Any, text: dict[str, Any] | None = None, **more: Any
+) -> Built:
     tokenizer = byte_tokenizer(image_token="<image>")
     processor = tf.LlavaProcessor(
         image_processor=clip_pixels(),
@@ -117,11 +134,15 @@ def _llava_like(config_class: Any, model_class: Any, text: dict[str, Any] | None
 
 
 def llava(**text: Any) -> Built:
-    return _llava_like(tf.LlavaConfig, tf.LlavaForConditionalGeneration, text, vision_feature_layer=-1)
+    return _llava_like(
+        tf.LlavaConfig, tf.LlavaForConditionalGeneration, text, vision_feature_layer=-1
+    )
 
 
 def vipllava() -> Built:
-    return _llava_like(tf.VipLlavaConfig, tf.VipLlavaForConditionalGeneration, vision_feature_layers=[-1, -2])
+    return _llava_like(
+        tf.VipLlavaConfig, tf.VipLlavaForConditionalGeneration, vision_feature_layers=[-1, -2]
+    )
 
 
 def llava_next() -> Built:
@@ -129,7 +150,10 @@ def llava_next() -> Built:
     grid = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
     processor = tf.LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": SIZE}, crop_size=SQUARE, image_grid_pinpoints=grid, do_convert_rgb=True
+            size={"shortest_edge": SIZE},
+            crop_size=SQUARE,
+            image_grid_pinpoints=grid,
+            do_convert_rgb=True,
         ),
         tokenizer=tokenizer,
         patch_size=PATCH,
@@ -152,7 +176,9 @@ def llava_onevision() -> Built:
     tokenizer = byte_tokenizer(image_token="<image>", video_token="<video>")
     grid = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
     processor = tf.LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=grid, do_convert_rgb=True),
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size=SQUARE, image_grid_pinpoints=grid, do_convert_rgb=True
+        ),
         tokenizer=tokenizer,
         video_processor=tf.LlavaOnevisionVideoProcessor(),
         num_image_tokens=4,
@@ -192,7 +218,10 @@ def _qwen_ids(tokenizer: Any) -> dict[str, int]:
 
 def _qwen_pixels() -> Any:
     return Qwen2VLImageProcessorPil(
-        patch_size=PATCH, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
+        patch_size=PATCH,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32},
     )
 
 
@@ -201,11 +230,14 @@ MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000
 
 def qwen2_vl() -> Built:
     tokenizer = byte_tokenizer(**QWEN_SPECIAL)
-    processor = tf.Qwen2VLProcessor(_qwen_pixels(), tokenizer, tf.Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
+    processor = tf.Qwen2VLProcessor(
+        _qwen_pixels(), tokenizer, tf.Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE
+    )
     config = tf.Qwen2VLConfig(
         text_config=text_settings(rope_parameters=MROPE),
         vision_config={
-            "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": PATCH,
+            "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2,
+            "patch_size": PATCH,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
         },
         **_qwen_ids(tokenizer),
@@ -221,8 +253,10 @@ def qwen2_5_vl() -> Built:
     config = tf.Qwen2_5_VLConfig(
         text_config=text_settings(rope_parameters=MROPE),
         vision_config={
-            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "in_channels": 3,
             "window_size": 32, "fullatt_block_indexes": [1],
         },
         **_qwen_ids(tokenizer),
@@ -232,12 +266,16 @@ def qwen2_5_vl() -> Built:
 
 def qwen3_vl() -> Built:
     tokenizer = byte_tokenizer(**QWEN_SPECIAL)
-    processor = tf.Qwen3VLProcessor(_qwen_pixels(), tokenizer, tf.Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
+    processor = tf.Qwen3VLProcessor(
+        _qwen_pixels(), tokenizer, tf.Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE
+    )
     config = tf.Qwen3VLConfig(
         text_config=text_settings(head_dim=8, rope_parameters=MROPE),
         vision_config={
-            "depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+            "depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "in_channels": 3,
             "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
         },
         **_qwen_ids(tokenizer),
@@ -269,8 +307,10 @@ def glm4v() -> Built:
     config = tf.Glm4vConfig(
         text_config=text_settings(rope_parameters={**MROPE, "partial_rotary_factor": 1.0}),
         vision_config={
-            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": SIZE,
+            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "image_size": SIZE,
         },
         image_token_id=ids("<|image|>"),
         video_token_id=ids("<|video|>"),
@@ -330,9 +370,13 @@ def _idefics3_config(config_class: Any, tokenizer: Any) -> Any:
 def idefics3() -> Built:
     tokenizer = byte_tokenizer(**_idefics3_tokens())
     pixels = Idefics3ImageProcessorPil(
-        size={"longest_edge": 2 * SIZE}, max_image_size={"longest_edge": SIZE}, do_image_splitting=True
+        size={"longest_edge": 2 * SIZE},
+        max_image_size={"longest_edge": SIZE},
+        do_image_splitting=True,
     )
-    processor = tf.Idefics3Processor(pixels, tokenizer, image_seq_len=1, chat_template=template("<image>"))
+    processor = tf.Idefics3Processor(
+        pixels, tokenizer, image_seq_len=1, chat_template=template("<image>")
+    )
     config = _idefics3_config(tf.Idefics3Config, tokenizer)
     return finish(seeded(lambda: tf.Idefics3ForConditionalGeneration(config)), processor)
 
@@ -340,23 +384,36 @@ def idefics3() -> Built:
 def smolvlm() -> Built:
     tokenizer = byte_tokenizer(**_idefics3_tokens(), video_token="<video>")
     pixels = SmolVLMImageProcessorPil(
-        size={"longest_edge": 2 * SIZE}, max_image_size={"longest_edge": SIZE}, do_image_splitting=True
+        size={"longest_edge": 2 * SIZE},
+        max_image_size={"longest_edge": SIZE},
+        do_image_splitting=True,
     )
     processor = tf.SmolVLMProcessor(
-        pixels, tokenizer, tf.SmolVLMVideoProcessor(), image_seq_len=1, chat_template=template("<image>")
+        pixels,
+        tokenizer,
+        tf.SmolVLMVideoProcessor(),
+        image_seq_len=1,
+        chat_template=template("<image>"),
     )
     config = _idefics3_config(tf.SmolVLMConfig, tokenizer)
     return finish(seeded(lambda: tf.SmolVLMForConditionalGeneration(config)), processor)
 
 
 def idefics2() -> Built:
-    tokenizer = byte_tokenizer(image_token="<image>", image_boundary_token="<fake_token_around_image>")
-    pixels = Idefics2ImageProcessorPil(size={"shortest_edge": SIZE, "longest_edge": SIZE}, do_image_splitting=False)
-    processor = tf.Idefics2Processor(pixels, tokenizer, image_seq_len=2, chat_template=template("<image>"))
+    tokenizer = byte_tokenizer(
+        image_token="<image>", image_boundary_token="<fake_token_around_image>"
+    )
+    pixels = Idefics2ImageProcessorPil(
+        size={"shortest_edge": SIZE, "longest_edge": SIZE}, do_image_splitting=False
+    )
+    processor = tf.Idefics2Processor(
+        pixels, tokenizer, image_seq_len=2, chat_template=template("<image>")
+    )
     config = tf.Idefics2Config(
         vision_config=vision_settings(),
         perceiver_config={
-            "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16,
+            "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
             "num_key_value_heads": 1, "hidden_size": 32,
         },
         text_config=tf.MistralConfig(**text_settings(sliding_window=None)),
@@ -388,7 +445,9 @@ def gemma3() -> Built:
 
     def make() -> Any:
         model = tf.Gemma3ForConditionalGeneration(config)
-        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # starts at zero
+        torch.nn.init.normal_(
+            model.model.multi_modal_projector.mm_input_projection_weight
+        )  # starts at zero
         return model
 
     return finish(seeded(make), processor)
@@ -412,24 +471,31 @@ def paligemma() -> Built:
 def mllama() -> Built:
     tokenizer = byte_tokenizer(image_token="<|image|>", python_tag="<|python_tag|>")
     processor = tf.MllamaProcessor(
-        MllamaImageProcessorPil(size=SQUARE, max_image_tiles=2), tokenizer, chat_template=template("<|image|>")
+        MllamaImageProcessorPil(size=SQUARE, max_image_tiles=2),
+        tokenizer,
+        chat_template=template("<|image|>"),
     )
     config = tf.MllamaConfig(
         vision_config={
             "hidden_size": 16, "attention_heads": 2, "num_hidden_layers": 2, "num_global_layers": 1,
-            "intermediate_size": 32, "vision_output_dim": 32, "image_size": SIZE, "patch_size": PATCH,
+            "intermediate_size": 32, "vision_output_dim": 32, "image_size": SIZE,
+            "patch_size": PATCH,
             "intermediate_layers_indices": [0], "max_num_tiles": 2,
             "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
         },
         text_config=text_settings(
-            num_hidden_layers=4, cross_attention_layers=[1, 3], rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+            num_hidden_layers=4, cross_attention_layers=[1, 3],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4}
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
     )  # fmt: skip
 
     def make() -> Any:
         model = tf.MllamaForConditionalGeneration(config)
-        for layer in (1, 3):  # their gates start at zero: without this the image would change nothing
+        for layer in (
+            1,
+            3,
+        ):  # their gates start at zero: without this the image would change nothing
             block = model.model.language_model.layers[layer]
             block.cross_attn_attn_gate.data.fill_(0.7)
             block.cross_attn_mlp_gate.data.fill_(0.7)
@@ -441,7 +507,8 @@ def mllama() -> Built:
 def _pixtral_processor(tokenizer: Any, merge: int) -> Any:
     return tf.PixtralProcessor(
         image_processor=PixtralImageProcessorPil(
-            size={"longest_edge": 4 * PATCH}, patch_size={"height": PATCH * merge, "width": PATCH * merge}
+            size={"longest_edge": 4 * PATCH},
+            patch_size={"height": PATCH * merge, "width": PATCH * merge},
         ),
         tokenizer=tokenizer,
         patch_size=PATCH,
@@ -450,7 +517,11 @@ def _pixtral_processor(tokenizer: Any, merge: int) -> Any:
     )
 
 
-PIXTRAL_SPECIAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+PIXTRAL_SPECIAL = {
+    "image_token": "[IMG]",
+    "image_break_token": "[IMG_BREAK]",
+    "image_end_token": "[IMG_END]",
+}
 
 
 def pixtral() -> Built:
@@ -462,7 +533,9 @@ def pixtral() -> Built:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    return finish(seeded(lambda: tf.LlavaForConditionalGeneration(config)), _pixtral_processor(tokenizer, 1))
+    return finish(
+        seeded(lambda: tf.LlavaForConditionalGeneration(config)), _pixtral_processor(tokenizer, 1)
+    )
 
 
 def mistral3() -> Built:
@@ -474,7 +547,10 @@ def mistral3() -> Built:
         spatial_merge_size=2,
         vision_feature_layer=-1,
     )
-    return finish(seeded(lambda: tf.Mistral3ForConditionalGeneration(config)), _pixtral_processor(tokenizer, 2))
+    return finish(
+        seeded(lambda: tf.Mistral3ForConditionalGeneration(config)),
+        _pixtral_processor(tokenizer, 2),
+    )
 
 
 def aya_vision() -> Built:
@@ -515,7 +591,9 @@ def ovis2() -> Built:
         image_seq_length=1,
     )
     config = tf.Ovis2Config(
-        vision_config=vision_settings(vocab_size=20, hidden_stride=2, num_visual_indicator_tokens=5),
+        vision_config=vision_settings(
+            vocab_size=20, hidden_stride=2, num_visual_indicator_tokens=5
+        ),
         text_config=tf.Qwen2Config(**text_settings()),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
         visual_indicator_token_ids=ids,
@@ -535,7 +613,9 @@ def aria() -> Built:
     )
     config = tf.AriaConfig(
         vision_config=vision_settings(image_size=980, patch_size=70, model_type="idefics3_vision"),
-        text_config=tf.AriaTextConfig(**text_settings(moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1)),
+        text_config=tf.AriaTextConfig(
+            **text_settings(moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1)
+        ),
         projector_patch_to_query_dict={196: 4},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,

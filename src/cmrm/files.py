@@ -1,4 +1,5 @@
-"""Files: where the cache is, checksums, and writing so that no half-written result ever bears its final name."""
+"""Files: where the cache is, checksums, and writing so that no half-written result ever bears its
+final name."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` only when the block ends without error.
+    """Yield a temporary path beside `path`; rename it to `path` only when the block ends without
+    error.
 
-    Works for a file and for a folder, so that no half-written result ever bears its final name. A folder replaces a folder,
-    a file a file; a file never takes a folder's place.
+    Works for a file and for a folder, so that no half-written result ever bears its final name. A
+    folder replaces a folder, a file a file; a file never takes a folder's place.
 
     Raises:
         IsADirectoryError: a file was written, and a folder stands at `path`.

@@ -11,7 +11,8 @@ from cmrm.errors import InputError
 
 
 class TextStore:
-    """Key -> text. What is put together is written whole or not at all, also under kill -9; usable from several threads."""
+    """Key -> text. What is put together is written whole or not at all, also under kill -9; usable
+    from several threads."""
 
     def __init__(self, path: Path) -> None:
         """Raises `InputError` when the file cannot be opened, or is something else."""
@@ -34,7 +35,9 @@ class TextStore:
     def put(self, texts: Mapping[str, str]) -> None:
         """Store several at once; what stood under a key before is replaced."""
         with self._lock, self._held:
-            self._held.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?)", list(texts.items()))
+            self._held.executemany(
+                "INSERT OR REPLACE INTO texts VALUES (?, ?)", list(texts.items())
+            )
 
     def __len__(self) -> int:
         with self._lock:

@@ -1,155 +1,109 @@
-"""The demo's corpus, packing and choice rule."""
+"""Training data: apart from anchors and test, and emoji out of their archive."""
 
 from __future__ import annotations
 
-import random
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
-import torch
+from PIL import Image
 
-from cmrm.prompts.ours import FORMS, load_prompts, train_texts
-from cmrm.demo import connect as connect_module
-from cmrm.demo.train.align import text_loss
-from cmrm.demo.train.connect import packed_loss
-from cmrm.demo.train.corpus import generic_instructions, load_emoji, vqa_captions, vqa_questions
-from cmrm.demo.train.training import Stage, learning_rate, train
-from cmrm.demo.train.tune import choose
+from cmrm.demo.train.corpus import generic_instructions, load_emoji, load_vqa_images
 from cmrm.errors import InputError
-from conftest import tiny_model
+from cmrm.prompts.easy_vqa import vqa_captions
+from cmrm.prompts.ours import FORMS, load_prompts, train_texts
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_captions_agree_with_every_yes_no_question(split: str) -> None:
-    captions = vqa_captions(split)
-    assert len(captions) > 700
-    for question in vqa_questions(split):
-        if question.image_id not in captions or question.answer not in {"yes", "no"}:
-            continue
-        words = question.text.rstrip("?").split()
-        seen = bool(set(captions[question.image_id].split()[1:]) & set(words))
-        negated = bool({"no", "not"} & set(words))
-        assert (seen != negated) == (question.answer == "yes"), question
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def emoji_archive(path: Path, entries: list[dict[str, str | None]], pixel: tuple[int, ...]) -> Path:
+    image = io.BytesIO()
+    Image.new("RGBA", (64, 64), pixel).save(image, "PNG")
+    with tarfile.open(path, "w:gz") as tar:
+        for entry in entries:
+            add(tar, f"package/img/twitter/64/{entry['image']}", image.getvalue())
+        add(tar, "package/emoji.json", json.dumps(entries).encode())
+    return path
 
 
 def test_training_requests_are_apart_from_anchor_and_test() -> None:
-    held = {p.text for p in load_prompts() if p.split != "train"} | {
-        p.act for p in load_prompts() if p.split != "train"
-    }
+    others = [prompt for prompt in load_prompts() if prompt.split != "train"]
+    unseen = {prompt.text for prompt in others} | {prompt.act for prompt in others}
     for label in ("harmful", "benign"):
-        texts = [t for part in (1, 2, 3, 4, 5, 6) for t in train_texts(label, part)]
-        assert not held & set(texts)
-    assert not {p.text for p in load_prompts()} & set(generic_instructions())
+        texts = [text for part in (1, 2, 3, 4, 5, 6) for text in train_texts(label, part)]
+        assert not unseen & set(texts)
+
+
+def test_everyday_instructions_are_none_of_the_prompts() -> None:
+    assert not {prompt.text for prompt in load_prompts()} & set(generic_instructions())
+    assert len(set(generic_instructions())) == len(generic_instructions())
+
+
+def test_discussions_name_the_act_and_never_ask_for_it() -> None:
     harmful = {p.act for p in load_prompts() if p.label == "harmful" and p.split == "train"}
     discussions = train_texts("benign", 6)
     assert len(discussions) == 6 * len(harmful)
     assert all(any(act in text for act in harmful) for text in discussions)
     assert not train_texts("harmful", 6)
-    assert not set(discussions) & {form.format(act) for act in harmful for form in FORMS}, (
-        "none asks for the act itself"
-    )
+    assert not set(discussions) & {form.format(act) for act in harmful for form in FORMS}
 
 
-def test_missing_emoji_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="npm pack"):
+def test_easy_vqa_images_carry_their_captions() -> None:
+    images = load_vqa_images("test")
+    assert {image.image_id: image.caption for image in images} == vqa_captions("test")
+    assert {image.image.mode for image in images} == {"RGB"}
+
+
+def test_emoji_are_captioned_with_an_article(tmp_path: Path) -> None:
+    entries: list[dict[str, str | None]] = [
+        {"category": "Animals", "image": "1.png", "name": "OWL", "short_name": "owl"},
+        {"category": "Smileys", "image": "2.png", "name": None, "short_name": "big-grin"},
+        {"category": "Flags", "image": "3.png", "name": "FLAG", "short_name": "flag"},
+    ]
+    emoji = load_emoji(emoji_archive(tmp_path / "emoji.tgz", entries, (255, 0, 0, 255)))
+    assert [image.caption for image in emoji] == ["an owl", "a big grin"]
+    assert [image.image_id for image in emoji] == [None, None]
+
+
+def test_transparent_pixels_of_emoji_are_white(tmp_path: Path) -> None:
+    entries: list[dict[str, str | None]] = [
+        {"category": "Animals", "image": "1.png", "name": "OWL", "short_name": "owl"}
+    ]
+    (emoji,) = load_emoji(emoji_archive(tmp_path / "emoji.tgz", entries, (0, 0, 0, 0)))
+    assert emoji.image.getcolors() == [(64 * 64, (255, 255, 255))]
+
+
+def test_a_missing_emoji_archive_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.tgz does not exist; .*npm pack"):
         load_emoji(tmp_path / "none.tgz")
 
 
-def test_packed_turns_are_computed_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    monkeypatch.setattr(connect_module, "IMAGE_TOKENS", 4)
-    head = [1, 50, 3, 3, 3, 3, 60]
-    turns = [([70, 71, 72, 73], 2), ([80, 81, 82], 1), ([90, 91, 92, 93, 94], 3)]
-    pixels = torch.randn(1, 3, 16, 16)
-    with torch.inference_mode():
-        together = packed_loss(model, pixels, head, [turns])
-        alone = torch.stack([packed_loss(model, pixels, head, [[turn]]) for turn in turns]).mean()
-        plain = []
-        for ids, n in turns:
-            with torch.autocast("cpu", torch.bfloat16):
-                out = model(input_ids=torch.tensor([head + ids]), pixel_values=pixels).logits[0].float()
-            at = len(head) + len(ids)
-            losses = torch.nn.functional.cross_entropy(
-                out[at - n - 1 : at - 1], torch.tensor(ids[-n:]), reduction="none"
-            )
-            weights = torch.tensor([4.0, 4.0, 1.0]) if n == 3 else torch.ones(n)
-            plain.append((losses * weights).sum() / weights.sum())
-    assert torch.allclose(together, alone, atol=2e-2)
-    assert torch.allclose(together, torch.stack(plain).mean(), atol=5e-2)
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08\x00 damaged"])
+def test_a_damaged_emoji_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    archive = tmp_path / "emoji.tgz"
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match="npm pack"):
+        load_emoji(archive)
 
 
-def test_text_loss_looks_at_answers_only() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).eval()
-    rows = [([1, 2, 3, 4, 5], 2), ([6, 7, 8], 1)]
-    with torch.inference_mode():
-        ours = text_loss(model, rows)
-        first = torch.nn.functional.cross_entropy(
-            model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, 2:4], torch.tensor([4, 5])
-        )
-        second = torch.nn.functional.cross_entropy(model(torch.tensor([[6, 7, 8]])).logits[0, 1:2], torch.tensor([8]))
-    assert torch.allclose(ours, (first + second) / 2, atol=2e-2)
-    with torch.inference_mode():
-        three = text_loss(model, [([1, 2, 3, 4, 5], 3)])
-        each = torch.nn.functional.cross_entropy(
-            model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, 1:4], torch.tensor([3, 4, 5]), reduction="none"
-        )
-    assert torch.allclose(three, (each * torch.tensor([4.0, 4.0, 1.0])).sum() / 9, atol=2e-2)
-
-
-def test_training_resumes_with_the_same_batches(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def run(folder: Path, *, die_at: int | None, average: float | None = None) -> torch.Tensor:
-        weight = torch.nn.Parameter(torch.zeros(3))
-        count = 0
-
-        def loss_of(rng: random.Random) -> torch.Tensor:
-            nonlocal count
-            count += 1
-            if die_at is not None and count > die_at:
-                raise Killed
-            return (weight - torch.tensor([rng.random() for _ in range(3)])).square().sum()
-
-        train(Stage("toy", 12, 0.1, save_every=5), {"w": weight}, loss_of, folder, average=average)
-        return weight.detach()
-
-    whole = run(tmp_path / "whole", die_at=None)
-    with pytest.raises(Killed):
-        run(tmp_path / "cut", die_at=7)
-    assert torch.equal(run(tmp_path / "cut", die_at=None), whole)
-    mean = run(tmp_path / "mean", die_at=None, average=0.5)
-    assert not torch.equal(mean, whole)
-    with pytest.raises(Killed):
-        run(tmp_path / "mean-cut", die_at=7, average=0.5)
-    assert torch.equal(run(tmp_path / "mean-cut", die_at=None, average=0.5), mean)
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    stage = Stage("s", 100, 1.0)
-    rates = [learning_rate(stage, k) for k in range(100)]
-    assert rates[0] < rates[2] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
-def test_choice_of_the_setting_keeps_within_the_cost() -> None:
-    def row(level: str, alpha: float, unsafe: float, over: float, accuracy: float) -> dict[str, object]:
-        return {"level": level, "alpha": alpha, "unsafe_rate": unsafe, "over_refusal": over, "accuracy": accuracy}
-
-    rows = [
-        row("none", 0, 0.8, 0.0, 0.9),
-        row("dataset", 0.5, 0.4, 0.02, 0.9),
-        row("dataset", 1.0, 0.2, 0.04, 0.88),
-        row("dataset", 1.5, 0.1, 0.20, 0.88),
-        row("dataset", 2.0, 0.0, 0.04, 0.50),
-        row("sample", 1.0, 0.0, 0.5, 0.1),
+def test_a_cut_off_emoji_archive_is_named(tmp_path: Path) -> None:
+    entries: list[dict[str, str | None]] = [
+        {"category": "Animals", "image": "1.png", "name": "OWL", "short_name": "owl"}
     ]
-    assert choose(rows, "dataset") == rows[2]
-    assert choose(rows, "dataset", over_refusal_base=0.18) == rows[3]
-    assert choose(rows, "sample") is None
+    archive = emoji_archive(tmp_path / "emoji.tgz", entries, (0, 0, 0, 0))
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(InputError, match="npm pack"):
+        load_emoji(archive)
+
+
+def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "other.tgz", "w:gz") as tar:
+        add(tar, "package/readme.md", b"other")
+    with pytest.raises(InputError, match="holds no emoji"):
+        load_emoji(tmp_path / "other.tgz")

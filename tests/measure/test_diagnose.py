@@ -121,6 +121,28 @@ def test_every_judge_is_asked(engine: TransformersEngine, loaded: Loaded) -> Non
     assert results["judge_failures"]["broken"]["n"] == 5 * 6
 
 
+def test_a_judge_that_sees_images_sees_what_the_model_saw(
+    engine: TransformersEngine, loaded: Loaded
+) -> None:
+    seen: dict[int, int] = {}
+
+    class Seeing:
+        name = "seeing"
+        sees_images = True
+
+        def judge(self, request: str, reply: str, images: Sequence[Any] = ()) -> Verdict:
+            seen[len(images)] = seen.get(len(images), 0) + 1
+            return Verdict.REFUSED
+
+    judges: dict[str, Any] = {"seeing": Seeing()}
+    measured(engine, loaded, judges=judges)
+    assert seen == {1: 3 * 6, 0: 2 * 6}
+
+
+def test_the_model_may_be_named(engine: TransformersEngine, loaded: Loaded) -> None:
+    assert measured(engine, loaded, name="mine")["model"]["id"] == "mine"
+
+
 def test_unlabelled_samples_are_noted(engine: TransformersEngine, loaded: Loaded) -> None:
     mixed = replace(loaded, samples=(*loaded.samples, Sample("x", "no label at all")))
     notes = measured(engine, mixed)["sets"][0]["notes"]

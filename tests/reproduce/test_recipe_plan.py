@@ -147,7 +147,7 @@ def test_published_figures_stand_beside_those_of_the_judge_that_judged(
         cells = [{**cell, "judges": rates} for cell in cells]
     row = compared(published(recipe), {"cells": cells, "judges": judges})
     target = row["targets"][0]
-    figures = (target["found"], target["low"], target["high"], target["inside"])
+    figures = (target["measured"], target["low"], target["high"], target["inside"])
     assert (row["judge"], *figures) == expected
     assert target["published"] == 100.0
 
@@ -161,7 +161,7 @@ def test_ratings_and_accuracies_are_compared_too(tmp_path: Path) -> None:
     rating = {"value": 79.0, "low": 75.0, "high": 80.0, "n": 9, "unscored": 0}
     cell = {**CELL, "rating": rating, "accuracy": RATE}
     rows = compared(published(recipe), {"cells": [cell], "judges": ["keyword"]})["targets"]
-    assert [(row["found"], row["n"], row["inside"]) for row in rows] == [
+    assert [(row["measured"], row["n"], row["inside"]) for row in rows] == [
         (79.0, 9, True), (50.0, 80, False),
     ]  # fmt: skip
 

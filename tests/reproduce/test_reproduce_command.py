@@ -83,7 +83,7 @@ def test_a_recipe_runs_from_end_to_end_and_again(checkpoint: str, tmp_path: Path
         "cmrm_dataset@paper": "per_layer", "cmrm_sample@calibrated": "telescoped",
     }  # fmt: skip
     target = results["recipe"]["targets"][0]
-    assert (target["found"], target["published"], target["inside"]) == (100.0, 100.0, True)
+    assert (target["measured"], target["published"], target["inside"]) == (100.0, 100.0, True)
     assert target["n"] == asked
     notes = next(data for data in results["sets"] if data["name"] == "vlsafe")["notes"]
     assert "20 samples where 1110 are published" in notes
@@ -104,10 +104,10 @@ def test_a_judge_that_comes_later_is_asked_about_the_stored_replies(
         "--path", f"vlsafe={vlsafe(tmp_path / 'v')}",
     ]  # fmt: skip
     first = run(*command, "--judges", "chat:org/ours")["recipe"]
-    assert (first["judge"], first["targets"][0]["found"]) == ("chat:org/ours", 100.0)
+    assert (first["judge"], first["targets"][0]["measured"]) == ("chat:org/ours", 100.0)
     second = run("rescore", out, "--judges", "chat:org/theirs")
     shown = second["recipe"]
-    assert (shown["judge"], shown["targets"][0]["found"]) == ("chat:org/theirs", 0.0)
+    assert (shown["judge"], shown["targets"][0]["measured"]) == ("chat:org/theirs", 0.0)
     assert second["judges"] == ["chat:org/ours", "chat:org/theirs"]
 
     def never(*arguments: object, **options: object) -> None:

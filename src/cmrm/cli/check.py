@@ -1,4 +1,4 @@
-"""`cmrm check`: the contract, on a real checkpoint."""
+"""`cmrm check`: the contract that capture and steering rest on, run on a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,23 +19,34 @@ def check(
     trust_remote_code: c.TrustOption = False,
     as_json: c.JsonOption = False,
 ) -> None:
-    """Run the contract that capture and steering rest on against MODEL; exit code 1 when a check fails."""
+    """Run the contract of capture and steering on MODEL. Exit code 1: a check failed."""
     vlm = c.open_model(
-        model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model,
+        revision=revision,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
     )
 
-    from cmrm.checks.run import failed, run_checks
-    from cmrm.checks.contract import CHECKS
+    from cmrm.checks.run import CHECKS, failed, run_checks
 
     with c.progress(len(CHECKS)) as (say, tick):
         say("checking")
         findings = run_checks(vlm, on_check=lambda finding: tick(1))
+    architecture, precision = type(vlm.model).__name__, str(vlm.model.dtype)
     if as_json:
-        c.print_json({"model": vlm.model_id, "architecture": type(vlm.model).__name__, "dtype": str(vlm.model.dtype),
-                      "checks": [asdict(f) for f in findings], "failed": len(failed(findings))})  # fmt: skip
+        c.print_json(
+            {
+                "model": vlm.model_id,
+                "architecture": architecture,
+                "dtype": precision,
+                "checks": [asdict(finding) for finding in findings],
+                "failed": len(failed(findings)),
+            }
+        )
     else:
         c.print_rows(
-            f"{vlm.model_id}: {type(vlm.model).__name__}, {str(vlm.model.dtype).removeprefix('torch.')}",
+            f"{vlm.model_id}: {architecture}, {precision.removeprefix('torch.')}",
             ["check", "outcome", "detail"],
             [[f.name, MARKS[f.outcome], f.detail] for f in findings],
         )

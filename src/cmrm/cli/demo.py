@@ -1,75 +1,77 @@
-"""`cmrm demo`: the whole loop on real weights, offline; and the commands that made it."""
+"""`cmrm demo`: the demo VLM measured offline; and the commands that made its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cmrm.cli.options import progress_bar, quiet
+from cmrm.cli import options as c
 
-app = typer.Typer(help="Measure, restore and show, on a VLM that is assembled offline.", invoke_without_command=True)
+app = typer.Typer(
+    help="Measure, restore and show, on a VLM that is assembled offline.",
+    invoke_without_command=True,
+)
+
+PURPOSE, EXTRA = "`cmrm demo`", "demo"
+LIBRARIES = ("easy_vqa", "gguf", "peft", "sklearn", *c.RESULTS, *c.REPORT)
 
 
 @app.callback()
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and the PNGs.")] = Path("out"),
-    full: Annotated[bool, typer.Option("--full", help="The whole test split instead of a stratified part.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, report.html, table.md and the figures.")
+    ] = Path("out"),
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole test split instead of a stratified part.")
+    ] = False,
 ) -> None:
-    """Assemble the demo VLM, measure what an image costs in safety, restore it with CMRM, and write a report."""
+    """Assemble the demo VLM, measure what an image costs in safety, and restore it with CMRM.
+
+    A run that is stopped continues with the same command.
+    """
     if context.invoked_subcommand is not None:
         return
+    c.need_extra(PURPOSE, EXTRA, LIBRARIES)
     from cmrm.demo.loop import prepare_out
 
     prepare_out(out)
-    quiet(offline=True)
+    c.quiet(offline=True)
     from rich.console import Console
 
     from cmrm.demo.loop import run_demo
     from cmrm.demo.settings import FULL, QUICK
+    from cmrm.report.headline import headline_table
 
-    console = Console()
-    progress = progress_bar(console)
-    with progress:
-        task = progress.add_task("starting", total=None)
+    with c.progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
         results = run_demo(
             out,
             FULL if full else QUICK,
-            say=lambda text: progress.update(task, description=text),
-            tick=lambda n: progress.advance(task, n),
-            start=lambda total: progress.update(task, total=total),
+            say=lambda text: bar.update(task, description=text),
+            tick=lambda n: bar.advance(task, n),
+            start=lambda total: bar.update(task, total=total),
         )
-    print_table(results, console)
-    console.print(f"report: {out / 'report.html'}   results: {out / 'results.json'}", soft_wrap=True)
-
-
-def print_table(results: dict[str, Any], console: Any) -> None:
-    """The paper's table for the demo VLM."""
-    from rich.table import Table
-
-    from cmrm.report.page import table_rows
-
-    table = Table(
-        title=f"cmrm demo, {results['settings']['budget']['name']} run, n = {results['conditions']['query']['n']}"
-    )
-    for column in ("input", "unsafe rate", "gap closed", "over-refusal", "easy-VQA accuracy"):
-        table.add_column(column, overflow="fold")
-    for row in table_rows(results):
-        table.add_row(*row)
-    console.print(table)
+    size = results["settings"]["budget"]["name"]
+    c.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))
+    typer.echo(f"report: {out / 'report.html'}   results: {out / 'results.json'}")
 
 
 @app.command()
 def train(
-    emoji: Annotated[Path, typer.Option(help="emoji-datasource-twitter 16.0.0 as `npm pack` fetches it.")],
-    work: Annotated[
-        Path, typer.Option(help="Folder for checkpoints and weights; a stopped run goes on from there.")
-    ] = Path("train"),
+    emoji: Annotated[
+        Path, typer.Option(help="emoji-datasource-twitter 16.0.0 as `npm pack` fetches it.")
+    ],
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and weights.")] = Path("train"),
 ) -> None:
-    """Train the demo VLM's weights anew: text-only alignment, vision tower, connector. Hours on a laptop; resumable."""
-    quiet(offline=True)
+    """Train the demo VLM's weights anew: text-only alignment, vision tower, connector.
+
+    This takes hours on a laptop. A run that is stopped continues with the same command.
+    """
+    c.need_extra("`cmrm demo train`", EXTRA, LIBRARIES)
+    c.quiet(offline=True)
     from cmrm.demo.train.recipe import train_demo
 
     typer.echo(f"weights: {train_demo(work, emoji)}")
@@ -77,27 +79,26 @@ def train(
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(help="Folder for the table of tries and its resumable state.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the table and its resumable state.")] = Path(
         "out-tune"
     ),
 ) -> None:
-    """Try steering settings on the anchor split (never on test) and print the table that the demo's setting was chosen from."""
+    """Measure steering settings on the anchor split, never on test, and print their table."""
+    c.need_extra("`cmrm demo tune`", EXTRA, LIBRARIES)
     from cmrm.demo.loop import prepare_out
 
     prepare_out(out)
-    quiet(offline=True)
-    from rich.console import Console
-
+    c.quiet(offline=True)
     from cmrm.demo.train.tune import tune_demo
 
-    console = Console()
-    tune_demo(out, say=lambda text: console.print(text, soft_wrap=True))
+    tune_demo(out, say=typer.echo)
 
 
 @app.command()
 def card() -> None:
-    """Measure the demo VLM alone (all conditions, over-refusal, easy-VQA) and print the figures of its model card."""
-    quiet(offline=True)
+    """Measure the demo VLM without defences, and print the figures of its model card."""
+    c.need_extra("`cmrm demo card`", EXTRA, LIBRARIES)
+    c.quiet(offline=True)
     from cmrm.demo.train.card import print_card
 
     print_card()

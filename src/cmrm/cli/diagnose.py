@@ -12,110 +12,151 @@ from cmrm.cli import options as c
 
 def diagnose(
     model: c.ModelArgument,
-    data: Annotated[str, typer.Option(help="Named set (`cmrm sets`), file, saved `datasets` folder, or hub id.")],
+    data: Annotated[
+        str, typer.Option(help="Named set (`cmrm sets`), file, saved `datasets` folder, or hub id.")
+    ],
     path: c.SetPathOption = None,
     columns: c.MapOption = None,
     images: c.ImagesOption = None,
+    label: c.LabelOption = None,
     split: c.SplitOption = None,
     config: c.ConfigOption = None,
     variant: c.VariantOption = None,
     partial: c.PartialOption = False,
     on_error: c.OnErrorOption = "stop",
     limit: c.LimitOption = None,
-    label: Annotated[
-        str | None, typer.Option(help="What samples are that no column labels: harmful or benign.")
-    ] = None,
+    judges: Annotated[
+        str, typer.Option(help="Comma list, such as keyword,ensemble; see docs/evaluate.md.")
+    ] = "keyword",
     corruptions: Annotated[
         str | None,
-        typer.Option(help="all, or a list: black,blur,... Each is run, and its shift compared with blank's."),
+        typer.Option(help="all, or a comma list such as black,blur: further corrupted images."),
     ] = None,
     shift: Annotated[
-        str | None, typer.Option(help="Run the original condition steered by this artifact (file, folder, hub id) too.")
+        str | None,
+        typer.Option(
+            help="Artifact (file, folder, hub id): the original image is also run steered."
+        ),
     ] = None,
     alpha: c.AlphaOption = None,
     batch_size: c.BatchOption = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a reply.")] = 48,
     seed: c.SeedOption = 0,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON into this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, figures and results; its replies are reused."),
+    ] = None,
     revision: c.RevisionOption = None,
     dtype: c.DtypeOption = "auto",
     device_map: c.DeviceOption = None,
     trust_remote_code: c.TrustOption = False,
     as_json: c.JsonOption = False,
 ) -> None:
-    """Unsafe rate per input condition (harmful samples), over-refusal (benign ones), and the shift of the residual stream.
+    """Unsafe rate by input condition, over-refusal, accuracy, and the shift of the residual stream.
 
-    Judge: refusal by its start (keyword lists). Rates carry 95 % Wilson intervals; unscored replies are counted apart.
+    Rates carry 95 % Wilson intervals; unscored replies are in no rate. With --report, a run that is
+    stopped continues with the same command.
     """
-    from cmrm.measure.diagnose import corruptions_named, labelled, work
-    from cmrm.measure.diagnose import diagnose as run
+    c.need_extra("`cmrm diagnose`", "eval", c.RESULTS)
+    if report is not None:
+        c.need_extra("`cmrm diagnose --report`", "eval", c.REPORT)
+    from cmrm.errors import InputError
     from cmrm.files import write_json
+    from cmrm.judges import make_judge
+    from cmrm.measure.diagnose import corruptions_named, passes
+    from cmrm.measure.diagnose import diagnose as run
+    from cmrm.prompts import refuse_unratable
 
-    wanted = corruptions_named(corruptions)
+    chosen = corruptions_named(corruptions)
+    names = c.parse_names(judges, "--judges")
+    if alpha is not None and shift is None:
+        raise InputError("--alpha goes with --shift; without an artifact nothing is steered")
     loaded = c.open_set(
-        data, path=path, columns=columns, images=images, split=split, config=config, variant=variant, partial=partial,
-        on_error=on_error, limit=limit, seed=seed,
+        data, path=path, columns=columns, images=images, split=split, config=config,
+        variant=variant, partial=partial, on_error=on_error, limit=limit, seed=seed, label=label,
     )  # fmt: skip
-    labelled(loaded, label)
-    vlm = c.open_model(
-        model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    refuse_unratable(loaded)
+    made = {name: make_judge(name) for name in names}
     vectors, steering = None, None
     if shift is not None:
         from cmrm.shift.artifact import ShiftVectors
-        from cmrm.steering.hooks import Steering
 
         vectors = ShiftVectors.from_pretrained(shift)
-        vectors.check(vlm)
-        base = Steering.from_recommended(vectors.recommended)
-        steering = c.changed(base, alpha=alpha, schedule=None, positions=None, layers=None)
-    elif alpha is not None:
-        from cmrm.errors import InputError
+        steering = c.changed(
+            vectors.recommended, alpha=alpha, schedule=None, positions=None, layers=None
+        )
+    vlm = c.open_model(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    from cmrm.engines.transformers import TransformersEngine
+    from cmrm.measure.store import ReplyStore
 
-        raise InputError("--alpha goes with --shift; without an artifact nothing is steered")
-    with c.progress(work(loaded, wanted, steered=vectors is not None)) as (say, tick):
-        found = run(
-            vlm, loaded, corruptions=wanted, shift=vectors, steering=steering, batch_size=batch_size,
-            max_new_tokens=max_new_tokens, seed=seed, label=label, say=say, tick=tick,
+    store = None if report is None else ReplyStore(report / "replies.db")
+    with c.progress(passes(loaded, chosen, steered=vectors is not None)) as (say, tick):
+        results = run(
+            TransformersEngine(vlm), loaded, judges=made, corruptions=chosen, shift=vectors,
+            steering=steering, store=store, name=model if model == c.DEMO else None,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, say=say, tick=tick,
         )  # fmt: skip
     if out is not None:
-        write_json(out, found)
+        write_json(out, results)
+    if report is not None:
+        from cmrm.report.page import write_report
+
+        write_json(report / "results.json", results)
+        page = write_report(results, report)
+        typer.echo(f"report: {page}", err=as_json)
     if as_json:
-        c.print_json(found)
+        c.print_json(results)
     else:
-        _print(found)
+        _print(results)
 
 
-def _print(found: dict[str, Any]) -> None:
-    from cmrm.report.page import rate_text
+def _print(results: dict[str, Any]) -> None:
+    from cmrm.report.headline import headline_cells, headline_table
+    from cmrm.report.tables import short_rate
 
-    layers = found["model"]["layers"]
+    layers = results["model"]["layers"]
     shown = sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1})
-    distance, cosine = (found["representation"][k] for k in ("relative_distance_to_query", "cosine_to_query"))
-    rows = []
-    for name, cell in found["conditions"].items():
-        far = " ".join(f"{distance[name][k]:.2f}" for k in shown) if name in distance else "-"
-        near = " ".join(f"{cosine[name][k]:.2f}" for k in shown) if name in cosine else "-"
-        rows.append([name, *(rate_text(cell[k]) if k in cell else "-" for k in ("unsafe", "over_refusal")), far, near])
-    at = ", ".join(map(str, shown))
-    data = found["data"]
+    numbers = ", ".join(map(str, shown))
+    geometry = results["geometry"]
+    columns, rows = headline_table(results, short_rate)
+    for row, cell in zip(rows, headline_cells(results), strict=True):
+        for figure in ("relative_distance_to_query", "cosine_to_query"):
+            by_layer = (
+                geometry[figure].get(cell["condition"]) if cell["defense"] == "none" else None
+            )
+            row.append(_at(by_layer, shown) if by_layer else "-")
+    data = results["sets"][0]
     c.print_rows(
-        f"{found['model']['id']} on {data['name']}: {data['n']} samples, {data['skipped']} left out",
-        ["condition", "unsafe rate", "over-refusal", f"distance to query at layers {at}", "cosine to query"],
+        f"{results['model']['id']} on {data['name']}: {data['n']} samples, "
+        f"{data['skipped']} left out; per cent, 95 % intervals, +k: unscored, and the bounds",
+        [*columns, f"distance to query at layers {numbers}", "cosine to query"],
         rows,
     )
-    for name, reason in found["left_out"].items():
+    for note in data["notes"]:
+        typer.echo(f"{data['name']}: {note}")
+    for name, reason in results["left_out"].items():
         typer.echo(f"{name}: not measured, {reason}")
-    if "corruptions" in found:
+    for judge, failure in results["judge_failures"].items():
+        typer.echo(
+            f"{judge} failed on {failure['n']} replies; the first: {failure['first']}", err=True
+        )
+    if geometry["corruptions"]:
         c.print_rows(
-            f"mean shift of each corruption against blank's, at layers {at}",
+            f"mean shift of each corruption compared with blank's, at layers {numbers}",
             ["corruption", "cosine", "ratio of norms"],
             [
-                [
-                    name,
-                    " ".join(f"{v['cosine'][k]:.2f}" for k in shown),
-                    " ".join(f"{v['norm_ratio'][k]:.2f}" for k in shown),
-                ]
-                for name, v in found["corruptions"].items()
+                [name, _at(by_layer["cosine"], shown), _at(by_layer["norm_ratio"], shown)]
+                for name, by_layer in geometry["corruptions"].items()
             ],
         )
+
+
+def _at(by_layer: list[float], layers: list[int]) -> str:
+    return " ".join(f"{by_layer[layer]:.2f}" for layer in layers)

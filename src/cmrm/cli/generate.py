@@ -1,4 +1,4 @@
-"""`cmrm generate`: one reply, steered or not, as it comes."""
+"""`cmrm generate`: one reply, steered or not, piece by piece."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from cmrm.cli import options as c
 def generate(
     model: c.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The request.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
-    shift: Annotated[str | None, typer.Option(help="Shift artifact (file, folder or hub id): dataset level.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; repeat it for several.")
+    ] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="Shift artifact (file, folder or hub id): dataset level.")
+    ] = None,
     sample_level: Annotated[
-        bool, typer.Option("--sample-level", help="Sample level: two extra passes over this very prompt.")
+        bool,
+        typer.Option("--sample-level", help="Sample level: two extra passes over this prompt."),
     ] = False,
     alpha: c.AlphaOption = None,
     schedule: c.ScheduleOption = None,
@@ -29,46 +34,63 @@ def generate(
     trust_remote_code: c.TrustOption = False,
     as_json: c.JsonOption = False,
 ) -> None:
-    """Answer one prompt (greedy) and stream the reply. Without an image nothing is steered."""
-    from cmrm.shift.artifact import ShiftVectors
+    """Answer one prompt (greedy) and print the reply as it is generated.
+
+    Without an image nothing is steered.
+    """
     from cmrm.errors import InputError
     from cmrm.prompts.sample import Sample, open_images
-    from cmrm.steering.hooks import Steering
+    from cmrm.shift.artifact import ShiftVectors
+    from cmrm.steering.setting import Steering
 
     if not prompt.strip() and not image:
         raise InputError("the prompt is empty, and there is no image either")
     if shift is not None and sample_level:
         raise InputError("--shift is the dataset level, --sample-level the other one; choose one")
-    if shift is None and not sample_level and any(v is not None for v in (alpha, schedule, positions, layers)):
-        raise InputError("--alpha, --schedule, --positions and --layers go with --shift or --sample-level")
+    options = (alpha, schedule, positions, layers)
+    if shift is None and not sample_level and any(option is not None for option in options):
+        raise InputError(
+            "--alpha, --schedule, --positions and --layers go with --shift or --sample-level"
+        )
     sample = Sample("prompt", prompt, tuple(image) if image else None)
     if image:
         open_images(sample)
     vectors = ShiftVectors.from_pretrained(shift) if shift is not None else None
-    base = Steering.from_recommended(vectors.recommended) if vectors is not None else Steering()
-    setting = c.changed(base, alpha=alpha, schedule=schedule, positions=positions, layers=layers)
+    setting = c.changed(
+        vectors.recommended if vectors is not None else Steering(),
+        alpha=alpha,
+        schedule=schedule,
+        positions=positions,
+        layers=layers,
+    )
     vlm = c.open_model(
-        model, revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        model,
+        revision=revision,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
     )
 
-    from cmrm.engines.transformers import Generation, SampleLevel, stream
+    from cmrm.engines.generation import Generation, stream
+    from cmrm.shift.estimate import SampleLevel
 
     level = SampleLevel() if sample_level else vectors
     used = level if image else None
-    said: Generation | None = None
+    reply: Generation | None = None
     for piece in stream(vlm, sample, shift=used, steering=setting, max_new_tokens=max_new_tokens):
         if isinstance(piece, Generation):
-            said = piece
+            reply = piece
         elif not as_json:
             typer.echo(piece, nl=False)
-    assert said is not None
-    if as_json:
-        from dataclasses import asdict
-
-        c.print_json(
-            {"reply": said.text, "tokens": said.tokens, "images": len(image or []),
-             "steering": asdict(setting) if used is not None else None,
-             "level": None if used is None else "sample" if sample_level else "dataset"}
-        )  # fmt: skip
-    else:
+    if not as_json:
         typer.echo()
+    elif reply is not None:
+        c.print_json(
+            {
+                "reply": reply.text,
+                "tokens": reply.tokens,
+                "images": len(image or []),
+                "steering": setting.to_json() if used is not None else None,
+                "level": None if used is None else "sample" if sample_level else "dataset",
+            }
+        )

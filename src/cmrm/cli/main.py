@@ -1,4 +1,4 @@
-"""Entry point of the `cmrm` command. Heavy imports happen inside the commands, so that `--help` stays quick."""
+"""Entry point of `cmrm`. Commands import what they need when they run: `--help` stays quick."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import Annotated
 import typer
 
 from cmrm import __version__
-from cmrm.cli.sets import families, sets
 from cmrm.cli.check import check
+from cmrm.cli.defenses import defenses
 from cmrm.cli.demo import app as demo_app
 from cmrm.cli.diagnose import diagnose
-from cmrm.cli.evaluate import defenses, evaluate, rescore
+from cmrm.cli.evaluate import evaluate
 from cmrm.cli.extract import extract
+from cmrm.cli.families import families
 from cmrm.cli.generate import generate
 from cmrm.cli.inspect import inspect
 from cmrm.cli.judges import app as judges_app
 from cmrm.cli.reproduce import reproduce
+from cmrm.cli.rescore import rescore
+from cmrm.cli.sets import sets
 from cmrm.errors import CmrmError
 
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Give a vision-language model back the safety alignment that it loses when it sees an image.",
+    help="Give a vision-language model back the safety alignment that an image takes from it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(demo_app, name="demo")
-for command in (diagnose, extract, generate, evaluate, rescore, reproduce, inspect, check, sets, defenses, families):
+for command in (
+    diagnose, extract, generate, evaluate, rescore, reproduce, inspect, check, sets, defenses,
+    families,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")
 
@@ -49,11 +55,15 @@ def main(
 
 
 def run() -> None:
-    """Run the command line: a `CmrmError` is printed as one line, exit code 2; Ctrl-C says what to do next, exit code 130."""
+    """Run the command line.
+
+    A `CmrmError` is printed as one line, exit code 2. After Ctrl-C a line says how to continue,
+    exit code 130.
+    """
     try:
         app()
     except CmrmError as error:
-        print(f"cmrm: {error}", file=sys.stderr)
+        print("cmrm:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:

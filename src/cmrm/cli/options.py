@@ -1,4 +1,4 @@
-"""What the commands share: options, quiet libraries, progress bars, loading a model and a set, tables and JSON."""
+"""Shared by the commands: options, models, sets, progress bars, tables and JSON."""
 
 from __future__ import annotations
 
@@ -17,42 +17,65 @@ if TYPE_CHECKING:
 
     from cmrm.model.vlm import VLM
     from cmrm.prompts import Loaded
-    from cmrm.steering.hooks import Steering
+    from cmrm.steering.setting import Steering
 
 DEMO = "demo"
-"""As MODEL: the demo VLM, assembled on first use. (`cmrm.demo.DEMO`, without importing torch for `--help`.)"""
+"""As MODEL: the demo VLM. (`cmrm.demo.DEMO`, without importing torch for `--help`.)"""
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or `demo`.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")
+]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or another device map of accelerate; the CPU when left out.")
+    str | None,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:1 or another device map of accelerate; default: the CPU."
+    ),
 ]
-TrustOption = Annotated[bool, typer.Option(help="Run the code that the checkpoint brings. Read it first.")]
+TrustOption = Annotated[
+    bool, typer.Option(help="Run the code that the checkpoint brings. Read it first.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-BatchOption = Annotated[int, typer.Option(help="Prompts a batch; halved by itself when memory runs out.")]
+BatchOption = Annotated[int, typer.Option(help="Prompts a batch; halved when memory runs out.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of noise, shuffles and draws.")]
-SetPathOption = Annotated[Path | None, typer.Option("--path", help="Where a named set lies on this machine.")]
+SetPathOption = Annotated[Path | None, typer.Option("--path", help="Folder of a named set.")]
 MapOption = Annotated[
-    str | None, typer.Option("--map", help="Columns of a file or hub set: query=instruction,image=img,...")
+    str | None,
+    typer.Option("--map", help="Columns of a file or hub set: query=instruction,image=img,..."),
 ]
-ImagesOption = Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a hub set or of a folder saved by `datasets`.")]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder where relative image paths start, and others are looked up."),
+]
+LabelOption = Annotated[
+    str | None, typer.Option(help="Label of samples that no column labels: harmful or benign.")
+]
+SplitOption = Annotated[
+    str | None, typer.Option(help="Split of a hub set or of a folder saved by `datasets`.")
+]
 ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub set.")]
 VariantOption = Annotated[str | None, typer.Option(help="Variant of a named set.")]
 PartialOption = Annotated[
-    bool, typer.Option("--partial", help="Accept a named set whose counts or checksums are not the published ones.")
+    bool,
+    typer.Option(
+        "--partial", help="Accept a named set whose counts or checksums are not the published ones."
+    ),
 ]
-OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop: what to do with unusable rows.")]
+OnErrorOption = Annotated[str, typer.Option("--on-error", help="Unusable rows: skip or stop.")]
 LimitOption = Annotated[int | None, typer.Option(help="Draw so many samples, by hashed id.")]
 AlphaOption = Annotated[float | None, typer.Option(help="Strength, >= 0.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="telescoped or per_layer.")]
-PositionsOption = Annotated[str | None, typer.Option(help="last, all, after_image, generated or last_prompt.")]
-LayersOption = Annotated[str | None, typer.Option(help="Decoder layers, 0-based: 0-13,20,26; all when left out.")]
+PositionsOption = Annotated[
+    str | None, typer.Option(help="last, all, after_image, generated or last_prompt.")
+]
+LayersOption = Annotated[
+    str | None, typer.Option(help="Decoder layers, 0-based: 0-13,20,26; all when left out.")
+]
 
 
 def quiet(*, offline: bool = False) -> None:
-    """No library chatter: the bars are our own. `offline` keeps the hub out as well."""
+    """Turn off the libraries' own bars and warnings; `offline` also keeps the hub out."""
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -60,9 +83,9 @@ def quiet(*, offline: bool = False) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     import warnings
 
-    from cmrm.model.compat import mend_torchvision
+    from cmrm.model.compat import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -71,14 +94,36 @@ def quiet(*, offline: bool = False) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
-def need_inspect() -> None:
-    """Raise `InputError` where the extra `eval` is not installed."""
+RESULTS = ("scipy", "pydantic")
+"""Libraries that rates and results need."""
+REPORT = ("matplotlib", "jinja2")
+"""Libraries that the report needs."""
+
+
+def need_extra(purpose: str, extra: str, modules: Sequence[str]) -> None:
+    """Check that the libraries of an extra are installed, before anything is computed.
+
+    Raises:
+        MissingExtraError: one is missing; the message names the command that installs it.
+    """
     from importlib.util import find_spec
 
-    from cmrm.errors import InputError
+    from cmrm.errors import MissingExtraError
 
-    if find_spec("inspect_ai") is None:
-        raise InputError("evaluation needs inspect_ai, which is not installed: pip install 'cmrm[eval]'")
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{purpose} needs {', '.join(missing)}; install it with: pip install 'cmrm[{extra}]'"
+        )
+
+
+def need_inspect() -> None:
+    """Check that the extra `eval` is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    need_extra("an evaluation", "eval", ("inspect_ai", *RESULTS, *REPORT))
 
 
 def open_model(
@@ -89,17 +134,26 @@ def open_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> VLM:
-    """The VLM that MODEL names, `demo` among them."""
+    """The VLM that MODEL names; `demo` is one of the names."""
     checked_dtype(dtype)
     quiet(offline=model == DEMO)
-    from cmrm.demo.vlm import load_named_vlm
+    from cmrm.model.vlm import load_vlm
 
-    source: dict[str, Any] = {} if model == DEMO else {"revision": revision, "trust_remote_code": trust_remote_code}
-    return load_named_vlm(model, dtype=dtype, device_map=device_map, **source)
+    return load_vlm(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def checked_dtype(dtype: str) -> str:
-    """`dtype`, or an `InputError` that lists the possible ones."""
+    """`dtype`, checked.
+
+    Raises:
+        InputError: it is unknown.
+    """
     from cmrm.errors import InputError
 
     if dtype not in {"auto", "float32", "bfloat16", "float16"}:
@@ -120,24 +174,54 @@ def open_set(
     on_error: str,
     limit: int | None,
     seed: int,
+    label: str | None = None,
 ) -> Loaded:
-    """The samples that `--data` or `--anchors` names; what was left out is said on standard error."""
-    from cmrm.prompts.loading import load_samples, parse_columns
+    """The samples that `--data` or `--anchors` names; notes go to standard error."""
+    from cmrm.prompts.columns import parse_columns
+    from cmrm.prompts.loading import load_samples
 
     loaded = load_samples(
-        data, path=path, columns=parse_columns(columns), images=images, split=split, config=config, variant=variant,
-        partial=partial, on_error=on_error, limit=limit, seed=seed,  # type: ignore[arg-type]
-    )  # fmt: skip
-    for note in loaded.notes:
-        typer.echo(f"{loaded.name}: {note}", err=True)
-    if loaded.skipped:
-        typer.echo(
-            f"{loaded.name}: {len(loaded.skipped)} samples left out; the first: {loaded.skipped[0].reason}", err=True
-        )
+        data,
+        path=path,
+        columns=parse_columns(columns),
+        images=images,
+        label=label,
+        split=split,
+        config=config,
+        variant=variant,
+        partial=partial,
+        on_error=on_error,  # type: ignore[arg-type]
+        limit=limit,
+        seed=seed,
+    )
+    print_notes(loaded)
     return loaded
 
 
-def parse_layers(given: str | None) -> tuple[int, ...] | None:
+def print_notes(loaded: Loaded) -> None:
+    """What a user has to know of a set, on standard error."""
+    for note in loaded.notes:
+        typer.echo(f"{loaded.name}: {note}", err=True)
+    if loaded.skipped:
+        count, first = len(loaded.skipped), loaded.skipped[0].reason
+        typer.echo(f"{loaded.name}: {count} samples left out; the first: {first}", err=True)
+
+
+def parse_names(names: str, option: str) -> list[str]:
+    """The names of a comma list, each once.
+
+    Raises:
+        InputError: it names nothing.
+    """
+    from cmrm.errors import InputError
+
+    listed = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not listed:
+        raise InputError(f"{option} names nothing")
+    return listed
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """`0-13,20` as sorted layer numbers; None for None.
 
     Raises:
@@ -145,30 +229,39 @@ def parse_layers(given: str | None) -> tuple[int, ...] | None:
     """
     from cmrm.errors import InputError
 
-    if given is None:
+    if text is None:
         return None
     layers: set[int] = set()
-    for part in given.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise InputError(f"layers: {part!r} is neither a layer nor a range such as 0-13; layers count from 0")
-        layers.update(range(int(first), int(last) + 1 if dash else int(first) + 1))
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        numbers = [first, last] if dash else [first]
+        if not all(n.isdecimal() and len(n) < 5 for n in numbers) or int(numbers[-1]) < int(first):
+            raise InputError(
+                f"layers: {part[:40]!r} is neither a layer nor a range such as 0-13; layers count "
+                "from 0"
+            )
+        layers.update(range(int(first), int(numbers[-1]) + 1))
     return tuple(sorted(layers))
 
 
 def changed(
-    base: Steering, *, alpha: float | None, schedule: str | None, positions: str | None, layers: str | None
+    base: Steering,
+    *,
+    alpha: float | None,
+    schedule: str | None,
+    positions: str | None,
+    layers: str | None,
 ) -> Steering:
-    """`base` with the options that were given."""
+    """`base` with the options that are not None."""
     from dataclasses import replace
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "alpha": alpha,
         "schedule": schedule,
         "positions": positions,
         "layers": parse_layers(layers),
     }
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
+    return replace(base, **{name: value for name, value in options.items() if value is not None})
 
 
 def print_json(value: Any) -> None:
@@ -181,26 +274,34 @@ FILE_COLUMNS = 180
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; cells fold instead of being cut."""
+    """A table on standard output; long cells are folded, never cut."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    free = sys.stdout.isatty() or "COLUMNS" in os.environ
-    table = Table(title=title, title_justify="left")
+    on_screen = sys.stdout.isatty() or "COLUMNS" in os.environ
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if free else FILE_COLUMNS).print(table)
+        table.add_row(*map(Text, row))
+    Console(width=None if on_screen else FILE_COLUMNS).print(table)
 
 
 def progress_bar(console: Any) -> Any:
-    """Our progress bar: what is going on, how far, since when."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    """The progress bar: current step, share done, elapsed time."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -209,8 +310,8 @@ def progress_bar(console: Any) -> Any:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """A bar on standard error over `total` prompts: (say what is going on, advance by n)."""
+def progress(total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A bar on standard error over `total` prompts, as (name the current step, advance by n)."""
     from rich.console import Console
 
     with progress_bar(Console(stderr=True)) as bar:
@@ -221,4 +322,7 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int]
 def sparkline(values: Sequence[float]) -> str:
     """Values as a row of bars from zero to the largest."""
     top = max(values, default=0.0)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v / top))] if top > 0 and v > 0 else "▁" for v in values)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(
+        bars[min(7, int(8 * value / top))] if top > 0 and value > 0 else bars[0] for value in values
+    )

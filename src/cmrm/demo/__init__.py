@@ -1,8 +1,4 @@
-"""The demo VLM: a real LLaVA on SmolLM2-135M-Instruct, assembled offline, and the loop that measures it."""
-
-from cmrm.model.compat import mend_torchvision
-
-mend_torchvision()
+"""The demo VLM (a real LLaVA on SmolLM2-135M-Instruct, assembled offline) and its measurement."""
 
 DEMO = "demo"
-"""Where a model is asked for by name: the demo VLM, assembled on first use."""
+"""Name under which the demo VLM is asked for; it is assembled on first use."""

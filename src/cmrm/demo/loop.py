@@ -1,35 +1,229 @@
-"""`cmrm demo`: from nothing to a table, a results file and a report."""
+"""`cmrm demo`: the demo VLM measured with and without its image, with and without CMRM."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cmrm.shift.artifact import Recommended, ShiftVectors, library_versions
-from cmrm.prompts.conditions import FIVE, Condition
-from cmrm.demo.vlm import demo_checkpoint
-from cmrm.demo.ledger import Ledger
-from cmrm.demo.measure import Bench, Defense, Tick, defenses, work
-from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
-from cmrm.demo.settings import CORRUPTION, DATASET_STEERING, ESTIMATOR, SAMPLE_STEERING, Budget
+from cmrm.defenses import Defense, make_defense
+from cmrm.defenses.cmrm import CmrmDataset, CmrmSample
+from cmrm.demo import DEMO
+from cmrm.demo.settings import (
+    ALPHAS,
+    ANSWER_TOKENS,
+    CORRUPTION,
+    DATASET_STEERING,
+    ESTIMATOR,
+    SAMPLE_STEERING,
+    Budget,
+)
+from cmrm.engines.base import Decoding
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import CmrmError, InputError
-from cmrm.measure.rates import Rate
-from cmrm.files import write_json
+from cmrm.files import atomic_path, write_json
 from cmrm.judges import KeywordJudge
-from cmrm.model.vlm import VLM, load_vlm
+from cmrm.measure.environment import (
+    machine_info,
+    model_info,
+    shift_info,
+    versions_info,
+)
+from cmrm.measure.examples import examples_of
+from cmrm.measure.geometry import represent
+from cmrm.measure.loop import Answering, measure_cell
+from cmrm.measure.outcomes import Cell, joined, kind_of
+from cmrm.measure.schema import checked
+from cmrm.measure.store import ReplyStore
+from cmrm.measure.table import cell_row, results_of
+from cmrm.model.vlm import load_vlm
+from cmrm.prompts import Loaded
+from cmrm.prompts.conditions import FIVE, Condition
+from cmrm.prompts.easy_vqa import vqa_samples
+from cmrm.prompts.ours import prompt_samples
 from cmrm.prompts.sample import Sample
-from cmrm.shift.estimate import estimate_shift
-
-SCHEMA = "cmrm-demo-results/1"
-SHOWN_WORDS = 6
-"""Words of a harmful request, and of the reply to it, that a report shows."""
+from cmrm.prompts.splits import set_hash
+from cmrm.shift.artifact import ShiftVectors, library_versions
+from cmrm.steering.setting import Steering
 
 Say = Callable[[str], None]
+Tick = Callable[[int], None]
+
+VQA = "easy-vqa"
+"""Name of the set of visual questions."""
+HARM = "text"
+"""Where the harm of our own prompts is."""
+NOTES = (
+    "the recipe of the demo's weights was chosen with a look at this split: the gap between text "
+    "and image is partly selected on it (see the model card)",
+)
+"""Stated beside the results."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Samples of one run."""
+
+    anchors: Sequence[Sample]
+    """Harmful requests that the shift is estimated on."""
+    harmful: Sequence[Sample]
+    """Harmful requests of the test split."""
+    benign: Sequence[Sample]
+    """Benign look-alikes of the test split."""
+    questions: Sequence[Sample]
+    """Visual questions with their answers."""
+    swept: Sequence[Sample]
+    """Harmful requests of the alpha sweep."""
+    drawn: Sequence[Sample]
+    """Harmful requests whose states are plotted."""
+
+    @classmethod
+    def of(cls, budget: Budget) -> Prompts:
+        """The samples that a budget pays for."""
+        return cls(
+            anchors=prompt_samples("anchor", "harmful"),
+            harmful=prompt_samples("test", "harmful", per_category=budget.per_category),
+            benign=prompt_samples("test", "benign", per_category=budget.per_category),
+            questions=visual_questions("test", budget.vqa, seed=budget.seed),
+            swept=prompt_samples("test", "harmful", per_category=budget.sweep_per_category),
+            drawn=prompt_samples("test", "harmful", per_category=budget.geometry_per_category),
+        )
+
+    @property
+    def passes(self) -> int:
+        """Prompts that the run passes through the model, for its progress bar."""
+        defended = 2 * (len(self.harmful) + len(self.benign)) + 3 * len(self.questions)
+        untouched = len(FIVE) * len(self.harmful) + 2 * len(self.benign)
+        states = 2 * len(self.anchors) + len(FIVE) * len(self.drawn)
+        return defended + untouched + states + len(ALPHAS) * len(self.swept)
+
+
+def visual_questions(published: str, n: int | None, *, seed: int = 0) -> list[Sample]:
+    """easy-VQA questions of a published split as samples with their answers; see `vqa_samples`."""
+    drawn = vqa_samples(published, n=n, seed=seed)
+    return [replace(sample, answer=answer) for sample, answer in drawn]
+
+
+class Bench:
+    """The demo's measurements: one engine, one budget, one judge, one store of replies."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        budget: Budget,
+        store: ReplyStore | None = None,
+        tick: Tick = lambda n: None,
+    ) -> None:
+        """`tick` is called after each batch with its number of prompts."""
+        self.engine = engine
+        self.budget = budget
+        self.store = store
+        self.tick = tick
+        self.judge = KeywordJudge()
+
+    def cell(
+        self,
+        samples: Sequence[Sample],
+        defense: Defense,
+        condition: Condition = Condition.ORIGINAL,
+        *,
+        name: str = DEMO,
+    ) -> Cell:
+        """Judged replies to samples; harmful, benign and visual ones are never in one batch."""
+        by_kind: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_kind.setdefault(kind_of(sample), []).append(sample)
+        parts = []
+        for kind, part in by_kind.items():
+            tokens = ANSWER_TOKENS if kind == "utility" else self.budget.max_new_tokens
+            parts.append(
+                measure_cell(
+                    Answering(self.engine, defense, Decoding(tokens), self.store),
+                    part,
+                    {self.judge.name: self.judge},
+                    name=name,
+                    condition=condition,
+                    harm=None if kind == "utility" else HARM,
+                    batch_size=self.budget.batch_size,
+                    seed=self.budget.seed,
+                    on_batch=self.tick,
+                )
+            )
+        return joined(parts)
+
+    def rates(self, cell: Cell) -> dict[str, Any]:
+        """`unsafe`, `over_refusal` and `accuracy` of a cell, in the form of `measure.rates.Rate`.
+
+        Those without samples are absent.
+        """
+        row = cell_row(cell, [self.judge.name])
+        judged = row["judges"][self.judge.name]
+        named = {**judged, "accuracy": row["accuracy"]}
+        return {
+            name: named[name] for name in ("unsafe", "over_refusal", "accuracy") if named.get(name)
+        }
+
+    def sweep(self, samples: Sequence[Sample], shift: ShiftVectors) -> list[dict[str, Any]]:
+        """Unsafe rate with the original image at each of `ALPHAS`, dataset level."""
+        points = []
+        for alpha in ALPHAS:
+            defense = dataset_level(shift, replace(DATASET_STEERING, alpha=alpha))
+            rate = self.rates(self.cell(samples, defense))["unsafe"]
+            points.append(
+                {"alpha": alpha, "defense": defense.name, "judge": self.judge.name, **rate}
+            )
+        return points
+
+    def geometry(self, samples: Sequence[Sample], file: Path) -> dict[str, Any]:
+        """Distances and planes of the five conditions' states; from `file` where it holds them."""
+        inputs = [
+            self.engine.context(),
+            set_hash(samples),
+            self.budget.seed,
+            self.budget.batch_size,
+        ]
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        stored = _stored(file, key)
+        if stored is not None:
+            self.tick(len(samples) * len(FIVE))
+            return stored
+        states = represent(
+            self.engine, samples, FIVE, batch_size=self.budget.batch_size, seed=self.budget.seed,
+            drawing=True, on_batch=self.tick,
+        )  # fmt: skip
+        geometry = {**states.to_json(), "pca": states.planes(self.engine.n_layers)}
+        write_json(file, {"key": key, "geometry": geometry})
+        return geometry
+
+
+def _stored(file: Path, key: str) -> dict[str, Any] | None:
+    """The geometry that `file` holds under `key`; None without one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        geometry: dict[str, Any] = content["geometry"]
+        return geometry if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def untouched() -> Defense:
+    """The model as it is."""
+    return make_defense("none")
+
+
+def dataset_level(shift: ShiftVectors, steering: Steering) -> CmrmDataset:
+    """CMRM at dataset level with fitted vectors."""
+    defense = CmrmDataset(corruption=CORRUPTION, **steering.to_json())
+    defense.use(shift)
+    return defense
+
+
+def sample_level(steering: Steering) -> CmrmSample:
+    """CMRM at sample level."""
+    return CmrmSample(corruption=CORRUPTION, **steering.to_json())
 
 
 def prepare_out(out: Path) -> Path:
@@ -44,190 +238,142 @@ def prepare_out(out: Path) -> Path:
         probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror or error}; name another folder with --out") from error
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot write to {out}: {reason}; name another folder with --out"
+        ) from error
     return out / "state"
 
 
-def run_demo(out: Path, budget: Budget, *, say: Say, tick: Tick, start: Callable[[int], None]) -> dict[str, Any]:
-    """Measure everything and write `results.json`, `shift.safetensors`, the PNGs and `report.html` into `out`.
+def run_demo(
+    out: Path, budget: Budget, *, say: Say, tick: Tick, start: Callable[[int], None]
+) -> dict[str, Any]:
+    """Measure everything; write results, artifact, figures, table and page into `out`.
 
-    Finished stages are kept under `out/state`: a run that was stopped goes on from there. `start(total)` is told the
-    number of prompts before the first one runs.
+    Replies, shift and states are stored under `out/state`: the same call after a kill continues,
+    and measures nothing twice.
+
+    Args:
+        out: folder.
+        budget: size of the run.
+        say: called with a line on what is being done.
+        tick: called with the number of prompts that were finished.
+        start: called with the number of all prompts before the first one.
+
+    Raises:
+        InputError: `out` cannot be written to.
+        MissingExtraError: a library of the extra `demo` is not installed.
     """
+    from cmrm.report.headline import headline_table
     from cmrm.report.page import write_report
-    from cmrm.report.plots import write_plots
+    from cmrm.report.tables import markdown
 
     state = prepare_out(out)
     say("assembling the demo VLM (once, into the cache)")
-    checkpoint = demo_checkpoint()
-    vlm = load_vlm(checkpoint, dtype=torch.bfloat16)
-    context = {
-        "model": checkpoint.name,
-        "versions": library_versions(),
-        "estimator": ESTIMATOR,
-        "corruption": CORRUPTION,
-    }
-    ledger = Ledger(state, context)
-    start(work(budget))
-    bench = Bench(vlm, ledger, budget, tick)
-    shift = _shift(vlm, state, budget, tick)
+    engine = TransformersEngine(load_vlm(DEMO, dtype="bfloat16"))
+    prompts = Prompts.of(budget)
+    start(prompts.passes)
+    bench = Bench(engine, budget, ReplyStore(state / "replies.db"), tick)
+    say("states of anchors")
+    shift = _shift(bench, prompts.anchors, state)
     shift.save(out / "shift.safetensors")
-    results = measure(bench, shift, say=say) | {"model": _model_block(vlm, checkpoint)}
-    say("writing the report")
+    results = measure(bench, prompts, shift, state, say=say)
     write_json(out / "results.json", results)
-    plots = write_plots(results, out)
-    write_report(results, plots, out / "report.html")
+    say("writing the report")
+    with atomic_path(out / "table.md") as part:
+        part.write_text(markdown(headline_table(results)), encoding="utf-8")
+    write_report(results, out)
     return results
 
 
-def measure(bench: Bench, shift: ShiftVectors, *, say: Say) -> dict[str, Any]:
-    """All figures of one run, as `results.json` holds them (docs/results-schema.md)."""
-    budget = bench.budget
-    harmful = prompt_samples("test", "harmful", per_category=budget.per_category)
-    benign = prompt_samples("test", "benign", per_category=budget.per_category)
-    rows = defenses(shift)
-    untouched = rows["none"]
-    conditions: dict[str, Rate] = {}
+def measure(
+    bench: Bench, prompts: Prompts, shift: ShiftVectors, state: Path, *, say: Say
+) -> dict[str, Any]:
+    """All results of one run, in the form of `measure.schema.Results`."""
+    defenses: list[Defense] = [
+        dataset_level(shift, DATASET_STEERING),
+        sample_level(SAMPLE_STEERING),
+    ]
+    both = [*prompts.harmful, *prompts.benign]
+    cells = []
     for condition in FIVE:
-        say(f"unsafe rate, {condition.value}")
-        conditions[condition.value] = bench.unsafe(harmful, condition, untouched)
-    unsafe: dict[str, Rate] = {}
-    over: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
-    utility: dict[str, Any] = {}
-    questions = vqa_samples("test", n=budget.vqa, seed=budget.seed)
-    over["text"]["none"] = bench.over_refusal(benign, Condition.QUERY, untouched).to_json()
-    for name, defense in rows.items():
-        say(f"unsafe rate, over-refusal, utility: {name}")
-        unsafe[name] = bench.unsafe(harmful, Condition.ORIGINAL, defense)
-        over["image"][name] = bench.over_refusal(benign, Condition.ORIGINAL, defense).to_json()
-        utility[name] = bench.vqa_accuracy(questions, defense).to_json("accuracy")
+        say(f"replies, {condition.value}")
+        whole = condition in (Condition.ORIGINAL, Condition.QUERY)
+        cells.append(bench.cell(both if whole else prompts.harmful, untouched(), condition))
+    for defense in defenses:
+        say(f"replies, {defense.name}")
+        cells.append(bench.cell(both, defense))
+    for defense in [untouched(), *defenses]:
+        say(f"visual questions, {defense.name}")
+        cells.append(bench.cell(prompts.questions, defense, name=VQA))
     say("unsafe rate over alpha")
-    swept = prompt_samples("test", "harmful", per_category=budget.sweep_per_category)
-    sweep = bench.sweep(swept, rows["cmrm_dataset"])
-    say("geometry of the five conditions")
-    geometry = bench.geometry(prompt_samples("test", "harmful", per_category=budget.geometry_per_category))
-    gap = _share(conditions["original"]) - _share(conditions["query"])
-    return {
-        "schema": SCHEMA,
-        "conditions": {k: v.to_json("unsafe_rate") for k, v in conditions.items()},
-        "defenses": {
-            k: {**v.to_json("unsafe_rate"), "gap_closed": _closed(conditions["original"], v, gap)}
-            for k, v in unsafe.items()
-        },
-        "gap": round(gap, 6),
-        "over_refusal": over,
-        "utility": {"easy_vqa": utility},
-        "per_category": _per_category(bench, harmful, rows),
-        "alpha_sweep": sweep,
-        "geometry": geometry,
-        "examples": _examples(bench, harmful, rows),
+    sweep = bench.sweep(prompts.swept, shift)
+    say("states of the five conditions")
+    geometry = bench.geometry(prompts.drawn, state / "geometry.json")
+    budget = bench.budget
+    sets = [
+        Loaded(DEMO, tuple(both), notes=NOTES, harm=HARM),
+        Loaded(VQA, tuple(prompts.questions)),
+    ]
+    return checked({
+        **results_of(cells, seed=budget.seed),
+        "kind": "demo",
+        "model": model_info(bench.engine.vlm, DEMO),
+        "sets": [loaded.to_json() for loaded in sets],
         "settings": {
             "budget": asdict(budget),
-            "cmrm_dataset": asdict(DATASET_STEERING) | {"estimator": ESTIMATOR},
-            "cmrm_sample": asdict(SAMPLE_STEERING),
-            "corruption": CORRUPTION,
+            **{defense.name: defense.settings for defense in defenses},
             "chosen_on": "anchor split",
-            "judge": KeywordJudge.name,
             "decoding": "greedy",
         },
-        "shift": {
-            "n_anchors": shift.provenance.n_anchors,
-            "norms": list(shift.provenance.norms),
-            "explained_ratio": list(shift.provenance.explained_ratio),
-        },
-        "seeds": {"noise_and_questions": budget.seed},
-        "versions": library_versions() | {"python": platform.python_version()},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-    }
+        "seed": budget.seed,
+        "versions": versions_info(),
+        "machine": machine_info(),
+        "examples": examples_of(cells),
+        "geometry": geometry,
+        "alpha_sweep": sweep,
+        "shift": shift_info(shift.provenance),
+    })  # fmt: skip
 
 
-def _shift(vlm: VLM, state: Path, budget: Budget, tick: Tick) -> ShiftVectors:
-    """The vectors of this run, kept under `state` as soon as they are estimated."""
-    anchors = prompt_samples("anchor", "harmful")
-    kept = state / "shift.safetensors"
-    recommended = Recommended(**asdict(DATASET_STEERING))
-    if kept.is_file():
-        try:
-            held = ShiftVectors.load(kept)
-            held.check(vlm)
-            same = (held.recommended, held.provenance.estimator, held.provenance.versions) == (
-                recommended, ESTIMATOR, library_versions()
-            )  # fmt: skip
-            if same and held.provenance.model_id == vlm.model_id:
-                tick(2 * len(anchors))
-                return held
-        except CmrmError:
-            kept.unlink()
-    shift = estimate_shift(
-        vlm,
+def _shift(bench: Bench, anchors: Sequence[Sample], state: Path) -> ShiftVectors:
+    """The vectors of this run; from `state` where they are."""
+    file = state / "shift.safetensors"
+    wanted = {
+        "estimator": ESTIMATOR, "corruption": CORRUPTION, "seed": bench.budget.seed,
+        "anchor_hash": set_hash(anchors), "versions": library_versions(),
+    }  # fmt: skip
+    stored = _stored_shift(file, bench.engine, wanted)
+    if stored is not None:
+        bench.tick(2 * len(anchors))
+        return stored
+    identity = str(bench.engine.context()["identity"])
+    checkpoint = state / f"shift-{identity[:8]}-{str(wanted['anchor_hash'])[:8]}.partial"
+    shift = bench.engine.estimate_shift(
         anchors,
         estimator=ESTIMATOR,
         corruption=CORRUPTION,
-        seed=budget.seed,
-        batch_size=budget.batch_size,
-        recommended=recommended,
-        on_batch=tick,
+        seed=bench.budget.seed,
+        batch_size=bench.budget.batch_size,
+        recommended=DATASET_STEERING,
+        checkpoint=checkpoint,
+        on_batch=bench.tick,
     )
-    shift.save(kept)
+    shift.save(file)
+    checkpoint.unlink(missing_ok=True)
     return shift
 
 
-def _share(rate: Rate) -> float:
-    if rate.rate is None:
-        raise CmrmError(f"the judge scored none of {rate.unscored} replies; no rate can be given")
-    return rate.rate
-
-
-def _closed(original: Rate, defended: Rate, gap: float) -> float | None:
-    """Share of the gap (original minus query) that a defence closes; None where there is no gap to close."""
-    if gap <= 0:
+def _stored_shift(
+    file: Path, engine: TransformersEngine, wanted: Mapping[str, Any]
+) -> ShiftVectors | None:
+    """The vectors in `file`, where they are this model's and have the wanted provenance."""
+    if not file.is_file():
         return None
-    return round((_share(original) - _share(defended)) / gap, 6)
-
-
-def _per_category(bench: Bench, harmful: list[Sample], rows: dict[str, Defense]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    cells = {"query": (Condition.QUERY, rows["none"])} | {k: (Condition.ORIGINAL, v) for k, v in rows.items()}
-    for cell, (condition, defense) in cells.items():
-        verdicts = bench.verdicts(harmful, condition, defense)[1]
-        for sample, verdict in zip(harmful, verdicts, strict=True):
-            entry = table.setdefault(str(sample.category), {}).setdefault(
-                cell, {"refused": 0, "complied": 0, "unscored": 0}
-            )
-            entry[verdict.value] += 1
-    return table
-
-
-def _examples(bench: Bench, harmful: list[Sample], rows: dict[str, Defense]) -> list[dict[str, str]]:
-    """The first request of each category with the verdict per cell; texts are cut to their first words."""
-    cells = {"query": (Condition.QUERY, rows["none"])} | {k: (Condition.ORIGINAL, v) for k, v in rows.items()}
-    found = {cell: bench.verdicts(harmful, *where) for cell, where in cells.items()}
-    seen: set[str] = set()
-    examples = []
-    for k, sample in enumerate(harmful):
-        if str(sample.category) in seen:
-            continue
-        seen.add(str(sample.category))
-        entry = {"category": str(sample.category), "request": first_words(sample.query)}
-        for cell, (texts, verdicts) in found.items():
-            entry[cell] = f"{verdicts[k].value}: {first_words(texts[k])}"
-        examples.append(entry)
-    return sorted(examples, key=lambda e: e["category"])
-
-
-def first_words(text: str, n: int = SHOWN_WORDS) -> str:
-    """The first `n` words of `text` on one line, with an ellipsis where it was cut."""
-    words = text.split()
-    return " ".join(words[:n]) + (" ..." if len(words) > n else "")
-
-
-def _model_block(vlm: VLM, checkpoint: Path) -> dict[str, Any]:
-    return {
-        "name": "cmrm demo VLM",
-        "checkpoint": checkpoint.name,
-        "architecture": type(vlm.model).__name__,
-        "decoder_layers": vlm.n_layers,
-        "hidden_size": vlm.hidden_size,
-        "parameters": sum(p.numel() for p in vlm.model.parameters()),
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
-    }
+    try:
+        shift = ShiftVectors.load(file)
+        engine.accept(shift)
+    except CmrmError:
+        return None
+    made = {name: getattr(shift.provenance, name) for name in wanted}
+    return shift if made == wanted and shift.recommended == DATASET_STEERING else None

@@ -1,23 +1,28 @@
-"""Settings of `cmrm demo`. The steering ones were chosen on the anchor split by `cmrm demo tune`; see LOG.md."""
+"""Settings of `cmrm demo`. Those of the steering were chosen on the anchor split (`demo tune`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cmrm.prompts.ours import DEMO_PER_CATEGORY, DEMO_QUESTIONS
 from cmrm.shift.estimate import Estimator
-from cmrm.steering.hooks import Steering
+from cmrm.steering.setting import Steering
 
 LOWER = tuple(range(21))
-"""Steered early, a benign request is still told from a harmful one by the layers above; steered late, both are refused."""
+"""Decoder layers 0 to 20: the layers above still tell benign requests from harmful ones."""
 DATASET_STEERING = Steering(alpha=0.37, schedule="telescoped", positions="last", layers=LOWER)
 SAMPLE_STEERING = Steering(alpha=0.05, schedule="telescoped", positions="last")
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+"""Strengths of the sweep."""
+ANSWER_TOKENS = 6
+"""Length limit of an answer to a visual question."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the splits one run measures."""
+    """Size of one run."""
 
     name: str
     """`quick` or `full`."""
@@ -30,13 +35,14 @@ class Budget:
     geometry_per_category: int | None
     """Test prompts per category whose states are plotted."""
     max_new_tokens: int = 24
-    """Length limit of a reply; refusals are told by its start."""
+    """Length limit of a reply; its start shows whether it refuses."""
     batch_size: int = 48
     """Prompts per batch."""
     seed: int = 0
     """Seed of noise and of the draw of questions."""
 
 
-QUICK = Budget("quick", per_category=6, vqa=240, sweep_per_category=3, geometry_per_category=4)
-FULL = Budget("full", per_category=None, vqa=1440, sweep_per_category=6, geometry_per_category=8)
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+QUICK = Budget(
+    "quick", DEMO_PER_CATEGORY, DEMO_QUESTIONS, sweep_per_category=3, geometry_per_category=4
+)
+FULL = Budget("full", None, 1440, sweep_per_category=6, geometry_per_category=8)

@@ -24,9 +24,9 @@ def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be loaded.
     """
-    from cmrm.model.compat import mend_torchvision
+    from cmrm.model.compat import patch_torchvision
 
-    mend_torchvision()
+    patch_torchvision()
     import transformers
 
     options = {"device_map": "auto"} if torch.accelerator.is_available() else {}

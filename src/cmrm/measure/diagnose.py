@@ -78,6 +78,7 @@ def diagnose(
     shift: ShiftVectors | None = None,
     steering: Steering | None = None,
     store: ReplyStore | None = None,
+    name: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 48,
     seed: int = 0,
@@ -97,6 +98,7 @@ def diagnose(
         shift: the original condition is also run steered by these vectors.
         steering: their setting; the recommended one when None.
         store: keeps replies, so that a run that was killed continues.
+        name: of the model in the results; its hub id or folder when None.
         batch_size: prompts a batch.
         max_new_tokens: length limit of a reply.
         seed: seed of noise, shuffles, donors and the bootstrap.
@@ -149,7 +151,7 @@ def diagnose(
     return checked({
         **results_of(cells, seed=seed),
         "kind": "diagnosis",
-        "model": model_info(engine.vlm),
+        "model": model_info(engine.vlm, name),
         "sets": [_data(loaded)],
         "settings": settings,
         "seed": seed,

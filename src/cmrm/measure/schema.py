@@ -226,7 +226,7 @@ class TargetRow(Part):
     defense: str
     figure: str
     published: float = Field(description="per cent, or a rating of 100, as printed")
-    found: float | None = None
+    measured: float | None = None
     low: float | None = None
     high: float | None = None
     n: int = 0

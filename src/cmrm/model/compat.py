@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from cmrm.errors import SteeringError
-
 _DECLARED: list[torch.library.Library] = []
 """Kept alive for the life of the process: a `Library` withdraws its operators when it is
 collected."""
 
 
-def mend_torchvision() -> None:
+def patch_torchvision() -> None:
     """Make torchvision importable beside a torch build that its compiled operators do not fit.
 
     PyPI's torchvision is built against CUDA. Beside a CPU-only torch its operator library does not

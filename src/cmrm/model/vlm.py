@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cmrm.errors import ModelError
-from cmrm.model.compat import mend_torchvision
+from cmrm.model.compat import patch_torchvision
 from cmrm.model.layers import find_decoder_layers
 
 REGISTERED = {"demo": "cmrm.demo.vlm:load_demo"}
@@ -121,7 +121,7 @@ def load_vlm(
                 "not go with it"
             )
         return _registered(str(model))(dtype=dtype, device_map=device_map)
-    mend_torchvision()
+    patch_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -1,56 +1,180 @@
-"""One self-contained HTML page of a results file: no script, no network, images inlined."""
+"""The one page of every kind of results: self-contained HTML, without network, figures inside."""
 
 from __future__ import annotations
 
 import base64
+import json
+import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
+from cmrm.errors import InputError, MissingExtraError
 from cmrm.files import atomic_path
-from cmrm.report.plots import LABELS
+from cmrm.report import headline, tables
+from cmrm.report.categories import category_table
+from cmrm.report.tables import Results
+
+TITLES = {
+    "demo": "What an image costs in safety, and what CMRM gives back",
+    "diagnosis": "What an image costs {model}",
+    "evaluation": "{model} under several defences",
+}
+
+_FIGURE = re.compile(r"\S+(?: %| points)? \[[^\]]*\]|\S+ %")
+"""`12.5 % [7.1, 20.9]`, `16.0 %`."""
 
 
-def write_report(results: dict[str, Any], plots: dict[str, Path], target: Path) -> Path:
-    """Render the page into `target`. Request and reply texts in `results` are cut already and are escaped here."""
+def write_report(results: Results, out: Path) -> Path:
+    """Write `out/report.html` and its figures as PNG files; return the page.
+
+    Args:
+        results: in the form of `measure.schema.Results`.
+        out: folder; made where it does not exist.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+        InputError: `out` cannot be written to.
+    """
+    page, images = rendered(results)
+    try:
+        for name, png in images.items():
+            with atomic_path(out / f"{name}.png") as part:
+                part.write_bytes(png)
+        with atomic_path(out / "report.html") as part:
+            part.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the report into {out}: {error}") from None
+    return out / "report.html"
+
+
+def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
+    """The page, and its figures as PNG by name.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    from cmrm.report.plots import pictures
+
+    try:
+        from jinja2 import Environment
+    except ImportError:
+        raise MissingExtraError(
+            "the report needs jinja2; pip install 'cmrm[eval]' (or 'cmrm[demo]') brings it"
+        ) from None
+
+    results = json.loads(json.dumps(results, sort_keys=True))  # as a file has them
+    drawn = pictures(results)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["rate"] = rate_text
-    environment.filters["label"] = lambda name: LABELS.get(name, name)
+    environment.filters |= {
+        "base64": _base64, "sort_key": tables.sort_key, "label": tables.label, "tied": _tied
+    }  # fmt: skip
     source = files("cmrm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()}
-    html = environment.from_string(source).render(r=results, images=images, rows=table_rows(results))
-    with atomic_path(target) as part:
-        part.write_text(html, encoding="utf-8")
-    return target
+    page = environment.from_string(source).render(
+        r=results,
+        title=TITLES[results["kind"]].format(model=results["model"]["id"]),
+        cards=headline.cards(results),
+        figures=drawn,
+        headline=_headline(results),
+        gap_points=_gap_points(results),
+        outcomes=tables.outcome_table(results),
+        cells=tables.cell_table(results),
+        gaps=tables.gap_table(results),
+        categories=category_table(results),
+        sweep=tables.sweep_table(results),
+        comparisons=tables.comparison_table(results),
+        agreement=_agreement(results),
+        costs=tables.cost_table(results),
+        targets=tables.target_rows((results["recipe"] or {}).get("targets", ())),
+        examples=_examples(results),
+        settings=_settings(results),
+    )
+    return page, {name: picture.light for name, picture in drawn.items()}
 
 
-def rate_text(cell: dict[str, Any], name: str = "rate") -> str:
-    """`12.5 % [7.1, 20.9]`, or `unscored` where the judge scored nothing; unscored replies are named when there are any."""
-    if cell[name] is None:
-        return f"unscored ({cell['unscored']})"
-    text = f"{100 * cell[name]:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
-    return text + (f", {cell['unscored']} unscored" if cell["unscored"] else "")
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """The paper's table for this model: (row, unsafe rate, gap closed, over-refusal, easy-VQA accuracy)."""
-    rows = []
-    for name in ("query", "caption", "noise", "blank"):
-        over = rate_text(results["over_refusal"]["text"]["none"]) if name == "query" else "-"
-        rows.append((LABELS[name], rate_text(results["conditions"][name], "unsafe_rate"), "-", over, "-"))
-    for name in ("none", "cmrm_dataset", "cmrm_sample"):
-        cell = results["defenses"][name]
-        label = LABELS["original"] if name == "none" else f"{LABELS['original']} + {LABELS[name]}"
-        closed = "-" if name == "none" or cell["gap_closed"] is None else f"{100 * cell['gap_closed']:.0f} %"
-        rows.append(
-            (
-                label,
-                rate_text(cell, "unsafe_rate"),
-                closed,
-                rate_text(results["over_refusal"]["image"][name]),
-                rate_text(results["utility"]["easy_vqa"][name], "accuracy"),
-            )
-        )
-    return rows
+def _tied(cell: str) -> str:
+    """A cell whose figure is not parted from its interval at the end of a line."""
+    return _FIGURE.sub(lambda match: match[0].replace(" ", "\u00a0"), cell)
+
+
+def _headline(results: Results) -> tables.Table:
+    """The table of conditions; empty for evaluations, whose sets have a table of their own."""
+    if results["kind"] == "evaluation":
+        return tables.Table([], [])
+    return headline.headline_table(results)
+
+
+def _gap_points(results: Results) -> str | None:
+    """`40.3`: points of unsafe rate that the image adds, first judge; None where not measured."""
+    if not results["judges"]:
+        return None
+    judge = results["judges"][0]
+    rates = {
+        cell["condition"]: cell["judges"][judge]["unsafe"]
+        for cell in headline.headline_cells(results)
+        if cell["defense"] == "none"
+    }
+    pair = [rates.get(condition) for condition in ("original", "query")]
+    shares = [rate["rate"] for rate in pair if rate and rate["rate"] is not None]
+    return f"{100 * (shares[0] - shares[1]):.1f}" if len(shares) == 2 else None
+
+
+def _agreement(results: Results) -> list[tuple[str, Mapping[str, Any], tables.Table]]:
+    """Question, its figures and its table, for each question with pairs of raters."""
+    return [
+        (question, figures, tables.agreement_rows(figures))
+        for question, figures in results["agreement"].items()
+        if figures["pairs"]
+    ]
+
+
+def _examples(results: Results) -> list[tuple[str, tables.Table]]:
+    """A title and a table for each defence with examples."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for example in results["examples"]:
+        grouped.setdefault(example["defense"], []).append(example)
+    shown = []
+    for defense, examples in grouped.items():
+        if defense == "none":
+            title, columns = "the image, untouched model", ["query alone", "with the image"]
+        else:
+            title, columns = tables.label(defense), ["without", "with"]
+        fields = ["set", "kind", "category", "request", "before", "after", "verdicts"]
+        rows = [[str(example[name]).replace("_", " ") for name in fields] for example in examples]
+        header = ["set", "kind", "category", "request", *columns, "verdict"]
+        shown.append((title, tables.Table(header, rows)))
+    return shown
+
+
+def _settings(results: Results) -> list[tuple[str, str]]:
+    """Name and text of each setting, version and fact of the machine."""
+    facts = {name: value for name, value in results["model"].items() if value is not None}
+    rows = {f"model {name.replace('_', ' ')}": value for name, value in facts.items()}
+    rows |= {name.replace("_", " "): value for name, value in results["settings"].items()}
+    rows |= {
+        "seed": results["seed"],
+        "versions": results["versions"],
+        "machine": results["machine"],
+    }
+    return [(name, _plain(value)) for name, value in rows.items() if value not in (None, {}, [])]
+
+
+def _plain(value: object) -> str:
+    """A setting as text: `alpha 0.37, layers 0 to 20`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        whole = [part for part in value if isinstance(part, int)]
+        if (
+            len(value) > 2
+            and len(whole) == len(value)
+            and whole == list(range(whole[0], whole[-1] + 1))
+        ):
+            return f"{whole[0]} to {whole[-1]}"
+        return ", ".join(map(_plain, value))
+    return str(value) if isinstance(value, str) else json.dumps(value)

@@ -1,161 +1,384 @@
-"""PNGs of a results file."""
+"""Figures of results, by matplotlib. Where nothing was scored, they say "not scored"."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
+from cmrm.errors import MissingExtraError
+from cmrm.report.categories import category_cells, unsafe_share
+from cmrm.report.headline import headline_cells, in_order
+from cmrm.report.tables import NOT_SCORED, WHERE, Results, input_label, label
 
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
-from cmrm.files import atomic_path
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ImportError as error:
+    raise MissingExtraError(
+        f"the report needs {error.name}; pip install 'cmrm[eval]' (or 'cmrm[demo]') brings it"
+    ) from None
 
 COLOURS = {
-    "original": "#d1495b",
-    "blank": "#edae49",
-    "noise": "#a06cd5",
-    "caption": "#3d7ea6",
-    "query": "#2e8b57",
-    "none": "#d1495b",
-    "cmrm_dataset": "#00798c",
-    "cmrm_sample": "#8ec6c5",
-}
-LABELS = {
-    "original": "original image",
-    "blank": "blank image",
-    "noise": "noise image",
-    "caption": "caption + query",
-    "query": "query alone",
-    "none": "untouched",
-    "cmrm_dataset": "CMRM dataset level",
-    "cmrm_sample": "CMRM sample level",
-}
+    "query": "#2e8b57", "caption": "#3d7ea6", "noise": "#a06cd5", "blank": "#d99a2b",
+    "original": "#d1495b", "none": "#d1495b", "cmrm_dataset": "#00899e", "cmrm_sample": "#6fb7b6",
+    "black": "#8a6d3b", "grey": "#8c8c8c", "mean": "#c77cba", "blur": "#5f9ed1",
+    "shuffle": "#b5bd4c", "other": "#e0785a",
+}  # fmt: skip
+"""Of conditions and defences."""
+FURTHER = ("#4e79a7", "#b07aa1", "#9c755f", "#59a14f", "#f28e2b", "#76b7b2", "#bab0ac", "#e15759")
+"""Of other defences, in their order."""
+MARKERS = {"text": "o", "image": "s", "both": "^", "unstated": "D"}
+"""Of a point, by where the harm is."""
+LIGHT, DARK = ("#1d2733", "#8d99a6", "#ffffff"), ("#e4e9ee", "#7d8894", "#161b21")
+"""Ink, faint ink and paper of the two themes."""
 
 
-def write_plots(results: dict[str, Any], out: Path) -> dict[str, Path]:
-    """Draw every figure of the report into `out`; return name -> path."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
-    figures = {
-        "unsafe_rate": unsafe_rate(results),
-        "alpha_sweep": alpha_sweep(results),
-        "distances": distances(results),
-        "pca": pca(results),
-        "categories": categories(results),
-        "shift": shift(results),
-    }
-    paths = {}
-    for name, figure in figures.items():
-        paths[name] = out / f"{name}.png"
-        with atomic_path(paths[name]) as part:
-            figure.savefig(os.fspath(part), format="png", bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-    return paths
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure."""
+
+    name: str
+    """File name without suffix, and key in the page."""
+    alt: str
+    """What is to be seen, for readers who do not see it."""
+    light: bytes
+    """PNG on white paper."""
+    dark: bytes
+    """The same on dark paper."""
 
 
-def unsafe_rate(results: dict[str, Any]) -> Figure:
-    """Bars with 95 % Wilson intervals: five conditions, then the defences on the original image."""
-    rows = [(k, results["conditions"][k]) for k in ("query", "caption", "noise", "blank", "original")]
-    rows += [(k, results["defenses"][k]) for k in ("cmrm_dataset", "cmrm_sample")]
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    for place, (name, cell) in enumerate(rows):
-        share = 100 * cell["unsafe_rate"]
-        whisker = [[max(0.0, share - 100 * cell["low"])], [max(0.0, 100 * cell["high"] - share)]]
-        axes.barh(place, share, color=COLOURS[name], height=0.62)
-        axes.errorbar(share, place, xerr=whisker, color="#222222", capsize=3, lw=1.2)
-        axes.text(100 * cell["high"] + 1.5, place, f"{share:.1f} %", va="center", fontsize=9)
-    axes.set_yticks(
-        range(len(rows)), [LABELS[n] + (" (original image)" if n.startswith("cmrm") else "") for n, _ in rows]
-    )
+def pictures(results: Results) -> dict[str, Picture]:
+    """Every figure that the results have data for, by name."""
+    drawn = {}
+    for name, (draw, alt) in FIGURES.items():
+        images = []
+        for ink, faint, paper in (LIGHT, DARK):
+            with mpl.rc_context(_style(ink, faint, paper)):
+                figure = draw(results)
+                images.append(None if figure is None else _png(figure))
+        light, dark = images
+        if light is not None and dark is not None:
+            drawn[name] = Picture(name, alt, light, dark)
+    return drawn
+
+
+def _style(ink: str, faint: str, paper: str) -> Any:
+    colours = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+    return {
+        **dict.fromkeys(colours, ink),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), faint),
+        "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper,
+        "font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False,
+        "axes.spines.right": False, "figure.dpi": 130, "legend.frameon": False,
+        "legend.fontsize": 8.5,
+    }  # fmt: skip
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def _ink() -> str:
+    return str(mpl.rcParams["text.color"])
+
+
+def _faint() -> str:
+    return str(mpl.rcParams["axes.edgecolor"])
+
+
+def colour(name: str, place: int = 0) -> str:
+    """Colour of a condition or defence; `place` is its place among the defences."""
+    return COLOURS.get(name, FURTHER[place % len(FURTHER)])
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    """What gives a cell its colour."""
+    return str(cell["condition"] if cell["defense"] == "none" else cell["defense"])
+
+
+def unsafe_rates(results: Results) -> Figure | None:
+    """Bars of the headline set with their intervals, first judge: conditions, then defences."""
+    if not results["judges"]:
+        return None
+    judge = results["judges"][0]
+    cells = [cell for cell in headline_cells(results) if cell["judges"][judge]["unsafe"]]
+    if len(cells) < 2:
+        return None
+    figure, axes = _axes(8, 0.8 + 0.42 * len(cells))
+    for place, cell in enumerate(cells):
+        rate = cell["judges"][judge]["unsafe"]
+        if rate["rate"] is None:
+            axes.text(
+                1, place, f"{NOT_SCORED} ({rate['unscored']} replies)", va="center", style="italic"
+            )
+            continue
+        share = 100 * rate["rate"]
+        whisker = [[max(0.0, share - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - share)]]
+        axes.barh(place, share, color=colour(_name(cell), place), height=0.62)
+        axes.errorbar(share, place, xerr=whisker, color=_ink(), capsize=3, lw=1.2)
+        text = f"{share:.1f} %"
+        if rate["unscored"]:
+            low, high = 100 * rate["lowest"], 100 * rate["highest"]
+            text += f", {rate['unscored']} unscored: {low:.0f} to {high:.0f} %"
+        axes.text(100 * rate["high"] + 1.5, place, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(cells)), [input_label(cell) for cell in cells])
     axes.invert_yaxis()
-    axes.axhline(4.5, color="#bbbbbb", lw=0.8, ls="--")
+    untouched = sum(cell["defense"] == "none" for cell in cells)
+    if untouched < len(cells):
+        axes.axhline(untouched - 0.5, color=_faint(), lw=0.8, ls="--")
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"unsafe rate, % of {rows[0][1]['n']} harmful requests, 95 % Wilson interval")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel(f"unsafe rate, % ({judge}), 95 % Wilson interval")
     return figure
 
 
-def alpha_sweep(results: dict[str, Any]) -> Figure:
-    """Unsafe rate with the original image over alpha, dataset level, with its interval as a band."""
-    points = results["alpha_sweep"]
-    alphas = [p["alpha"] for p in points]
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    axes.fill_between(
-        alphas, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color="#00798c", alpha=0.18
+def alpha_sweep(results: Results) -> Figure | None:
+    """Unsafe rate with the original image over alpha, with its interval as a band."""
+    scored = [point for point in results["alpha_sweep"] if point["rate"] is not None]
+    if not scored:
+        return None
+    first = scored[0]
+    alphas = [point["alpha"] for point in scored]
+    main = colour(first["defense"])
+    figure, axes = _axes(6.4, 3.6)
+    low, high = ([100 * point[end] for point in scored] for end in ("low", "high"))
+    axes.fill_between(alphas, low, high, color=main, alpha=0.18)
+    shares = [100 * point["rate"] for point in scored]
+    axes.plot(alphas, shares, "o-", color=main, label=label(first["defense"]))
+    for point in results["alpha_sweep"]:
+        if point["rate"] is None:
+            axes.text(
+                point["alpha"], 2, NOT_SCORED, rotation=90, ha="center", style="italic", fontsize=8
+            )
+    for cell in headline_cells(results):
+        rate = cell["judges"][first["judge"]]["unsafe"]
+        scored_line = rate and rate["rate"] is not None
+        if scored_line and cell["defense"] == "none" and cell["condition"] in ("query", "original"):
+            name = cell["condition"]
+            axes.axhline(100 * rate["rate"], color=COLOURS[name], ls="--", lw=1, label=label(name))
+        if cell["defense"] == first["defense"] and "alpha" in cell["settings"]:
+            chosen = cell["settings"]["alpha"]
+            axes.axvline(chosen, color=_faint(), lw=1, ls=":", label=f"chosen alpha {chosen:g}")
+    every = [point["alpha"] for point in results["alpha_sweep"]]
+    margin = 0.04 * (max(every) - min(every)) or 0.1
+    axes.set(
+        xlabel="alpha", ylabel=f"unsafe rate, % (n = {first['n']})", ylim=(0, 100),
+        xlim=(min(every) - margin, max(every) + margin),
+    )  # fmt: skip
+    axes.legend()
+    return figure
+
+
+def distances(results: Results) -> Figure | None:
+    """Distance and cosine of each condition's state to that of the query alone, by layer."""
+    geometry = results["geometry"] or {}
+    panels = {
+        "distance to query / its norm": geometry.get("relative_distance_to_query", {}),
+        "cosine to query": geometry.get("cosine_to_query", {}),
+    }
+    return _curves(
+        {
+            title: {name: values for name, values in by_condition.items() if name != "query"}
+            for title, by_condition in panels.items()
+        }
     )
-    axes.plot(alphas, [100 * p["unsafe_rate"] for p in points], "o-", color="#00798c", label="CMRM dataset level")
-    for name in ("original", "query"):
-        axes.axhline(
-            100 * results["conditions"][name]["unsafe_rate"], color=COLOURS[name], ls="--", lw=1, label=LABELS[name]
-        )
-    chosen = results["settings"]["cmrm_dataset"]["alpha"]
-    axes.axvline(chosen, color="#888888", lw=0.8, ls=":", label=f"chosen alpha {chosen:g}")
-    axes.set(xlabel="alpha", ylabel=f"unsafe rate, % (n = {points[0]['n']})", ylim=(0, 100))
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
-def distances(results: dict[str, Any]) -> Figure:
-    """Distance and cosine of each condition's last-token state to that of the query alone, by decoder layer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name in ("original", "blank", "noise", "caption"):
-        left.plot(results["geometry"]["relative_distance_to_query"][name], color=COLOURS[name], label=LABELS[name])
-        right.plot(results["geometry"]["cosine_to_query"][name], color=COLOURS[name], label=LABELS[name])
-    left.set(xlabel="decoder layer (0-based)", ylabel="distance to query / its norm", ylim=(0, None))
-    right.set(xlabel="decoder layer (0-based)", ylabel="cosine to query")
-    right.legend(frameon=False, fontsize=8)
+def corruptions(results: Results) -> Figure | None:
+    """Mean shift of each corruption against blank's: cosine and ratio of norms, by layer."""
+    compared = (results["geometry"] or {}).get("corruptions") or {}
+    return _curves(
+        {
+            "norm / norm of blank's shift": {n: by["norm_ratio"] for n, by in compared.items()},
+            "cosine to blank's shift": {n: by["cosine"] for n, by in compared.items()},
+        }
+    )
+
+
+def _curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure | None:
+    """Two plots over the decoder layers, a line for each name; the first begins at zero."""
+    if not all(panels.values()):
+        return None
+    figure = Figure(figsize=(9, 3.4))
+    both = figure.subplots(1, 2)
+    for axes, (title, lines) in zip(both, panels.items(), strict=True):
+        for place, name in enumerate(in_order(lines)):
+            axes.plot(lines[name], color=colour(name, place), label=label(name))
+        axes.set(xlabel="decoder layer (0-based)", ylabel=title)
+    both[0].set_ylim(0, None)
+    both[1].legend()
     figure.tight_layout()
     return figure
 
 
-def pca(results: dict[str, Any]) -> Figure:
-    """Last-prompt-token states in the plane of their first two principal components, for six layers."""
-    planes = results["geometry"]["pca"]
-    figure, grid = plt.subplots(2, 3, figsize=(9.6, 6))
-    for axes, (layer, plane) in zip(grid.flat, planes.items(), strict=False):
-        for name, points in plane["points"].items():
-            axes.scatter(
-                [p[0] for p in points], [p[1] for p in points], s=9, color=COLOURS[name], label=LABELS[name], alpha=0.75
-            )
-        axes.set_title(f"layer {layer} ({100 * sum(plane['explained']):.0f} % of variance)", fontsize=9)
+def pca(results: Results) -> Figure | None:
+    """States in the plane of their first two principal components, a plot for each layer."""
+    planes = (results["geometry"] or {}).get("pca")
+    if not planes:
+        return None
+    rows = -(-len(planes) // 3)
+    figure = Figure(figsize=(9.6, 0.6 + 2.7 * rows))
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for axes, layer in zip(grid.flat, sorted(planes, key=int), strict=False):
+        plane = planes[layer]
+        for place, name in enumerate(in_order(plane["points"])):
+            x, y = zip(*plane["points"][name], strict=True)
+            axes.scatter(x, y, s=9, color=colour(name, place), label=label(name), alpha=0.75)
+        share = 100 * sum(plane["explained"])
+        axes.set_title(f"layer {layer} ({share:.0f} % of variance)", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
     for axes in list(grid.flat)[len(planes) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=5)
+    figure.tight_layout(rect=(0, 0.2 / rows**0.5 / 2, 1, 1))
     return figure
 
 
-def categories(results: dict[str, Any]) -> Figure:
-    """Unsafe rate per harm category: query alone, untouched with image, and both CMRM levels."""
-    cells = ("query", "none", "cmrm_dataset", "cmrm_sample")
-    names = sorted(results["per_category"])
-    figure, axes = plt.subplots(figsize=(9, 3.8))
-    for k, cell in enumerate(cells):
-        shares = []
-        for name in names:
-            entry = results["per_category"][name][cell]
-            scored = entry["refused"] + entry["complied"]
-            shares.append(100 * entry["complied"] / scored if scored else 0.0)
-        label = "query alone" if cell == "query" else LABELS[cell] + ", original image"
-        axes.bar([i + (k - 1.5) * 0.2 for i in range(len(names))], shares, 0.19, color=COLOURS[cell], label=label)
-    axes.set_xticks(range(len(names)), [n.replace("_", " ") for n in names], rotation=35, ha="right")
-    axes.set(ylabel="unsafe rate, %", ylim=(0, 100))
-    axes.legend(frameon=False, fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+def categories(results: Results) -> Figure | None:
+    """Unsafe rate by harm category, first judge: query alone, original image, defences."""
+    cells = category_cells(results)
+    if not cells:
+        return None
+    judge = results["judges"][0]
+    names = sorted({name for cell in cells for name in cell["judges"][judge]["categories"]})
+    height = 0.85 / len(cells)
+    figure, axes = _axes(8, 1.0 + len(names) * (0.16 * len(cells) + 0.12))
+    handles = []
+    for place, cell in enumerate(cells):
+        counts = cell["judges"][judge]["categories"]
+        shade = colour(_name(cell), place)
+        for row, name in enumerate(names):
+            at, share = row + place * height, unsafe_share(counts.get(name))
+            if share is not None:
+                axes.barh(at, 100 * share, height * 0.92, color=shade)
+                axes.plot([0, 0], [at - height * 0.4, at + height * 0.4], color=shade, lw=2)
+            elif counts.get(name):
+                axes.text(
+                    0.8, at, NOT_SCORED, va="center", fontsize=6.5, style="italic", color=shade
+                )
+        handles.append(Patch(color=shade, label=input_label(cell)))
+    axes.set_yticks(
+        [row + 0.425 - height / 2 for row in range(len(names))],
+        [n.replace("_", " ") for n in names],
+    )
+    axes.set_ylim(len(names) - 0.15 + height / 2, -height)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"unsafe rate on {cells[0]['set']}, % ({judge})")
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncol=2)
     return figure
 
 
-def shift(results: dict[str, Any]) -> Figure:
-    """Norm of the shift and its explained ratio by decoder layer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    left.plot(results["shift"]["norms"], color="#00798c")
-    left.set(xlabel="decoder layer (0-based)", ylabel="norm of the shift", ylim=(0, None))
-    right.plot(results["shift"]["explained_ratio"], color="#00798c")
-    right.set(xlabel="decoder layer (0-based)", ylabel="explained ratio", ylim=(0, 1))
+def frontier(results: Results) -> Figure | None:
+    """Unsafe rate (first judge) against accuracy: a point for each defence and place of harm."""
+    if not results["judges"]:
+        return None
+    judge = results["judges"][0]
+    rows = [
+        (place, row, harm, unsafe)
+        for place, row in enumerate(results["outcomes"])
+        for harm, unsafe in row["unsafe"].get(judge, {}).items()
+        if row["accuracy"]
+    ]
+    scored = [
+        point
+        for point in rows
+        if point[3]["rate"] is not None and point[1]["accuracy"]["rate"] is not None
+    ]
+    if not scored:
+        return None
+    figure, axes = _axes(7.2, 4.4)
+    several = len({harm for _, _, harm, _ in rows}) > 1
+    for point in rows:
+        place, row, harm, unsafe = point
+        text = label(row["defense"]) + (f", harm {WHERE[harm]}" if several else "")
+        if point not in scored:
+            axes.plot(
+                [],
+                [],
+                MARKERS[harm],
+                color=colour(row["defense"], place),
+                label=f"{text}: {NOT_SCORED}",
+            )
+            continue
+        accuracy = row["accuracy"]
+        x, y = 100 * accuracy["rate"], 100 * unsafe["rate"]
+        axes.errorbar(
+            x, y, xerr=_whisker(accuracy), yerr=_whisker(unsafe), fmt=MARKERS[harm],
+            color=colour(row["defense"], place), lw=1, capsize=2, label=text,
+        )  # fmt: skip
+    axes.set_xlabel("accuracy, % (higher is better)")
+    axes.set_ylabel(f"unsafe rate, % ({judge}; lower is better)")
+    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def _whisker(rate: Mapping[str, Any]) -> list[list[float]]:
+    share = 100 * rate["rate"]
+    return [[max(0.0, share - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - share)]]
+
+
+def shift(results: Results) -> Figure | None:
+    """Norm of the shift, its explained ratio and its cosine to the mean difference."""
+    used = results["shift"]
+    if not used or not used["norms"]:
+        return None
+    figure = Figure(figsize=(9, 3))
+    left, right = figure.subplots(1, 2)
+    _line(left, used["norms"], "vector", "cmrm_dataset")
+    _line(left, used["mean_norms"], "mean difference", "blank")
+    _line(right, used["explained_ratio"], "explained ratio", "cmrm_dataset")
+    _line(right, used["mean_cosine"], "cosine to the mean difference", "blank")
+    left.set(xlabel="decoder layer (0-based)", ylabel="norm", ylim=(0, None))
+    right.set(xlabel="decoder layer (0-based)", ylim=(0, 1.05))
+    left.legend()
+    right.legend()
     figure.tight_layout()
     return figure
+
+
+def _line(axes: Axes, values: Sequence[float], text: str, name: str) -> None:
+    if values:
+        axes.plot(
+            values, color=COLOURS[name], label=text, ls="-" if name == "cmrm_dataset" else "--"
+        )
+
+
+FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
+    "unsafe_rate": (
+        unsafe_rates,
+        "Bars: unsafe rate of each input condition and defence, with intervals",
+    ),
+    "frontier": (frontier, "Points: unsafe rate against accuracy of each defence, with intervals"),
+    "categories": (categories, "Bars: unsafe rate by harm category, for each input and defence"),
+    "alpha_sweep": (
+        alpha_sweep,
+        "Line: unsafe rate over the strength alpha, with its interval as a band",
+    ),
+    "distances": (
+        distances,
+        "Lines: distance and cosine of states to the text-only state, by decoder layer",
+    ),
+    "corruptions": (
+        corruptions,
+        "Lines: cosine and norm of each corruption's shift against blank's, by layer",
+    ),
+    "pca": (
+        pca,
+        "Points: states of the conditions in the plane of two principal components, by layer",
+    ),
+    "shift": (shift, "Lines: norm and explained ratio of the shift, by decoder layer"),
+}
+"""Name -> how it is drawn, and its alternative text."""

@@ -47,7 +47,7 @@ def compared(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str,
         value, low, high, n = figure or (None, None, None, 0)
         inside = None if figure is None else figure[1] <= target["published"] <= figure[2]
         targets.append(
-            {**target, "found": value, "low": low, "high": high, "n": n, "inside": inside}
+            {**target, "measured": value, "low": low, "high": high, "n": n, "inside": inside}
         )
     return {**recipe, "judge": judge, "targets": targets}
 

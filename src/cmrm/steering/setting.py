@@ -97,8 +97,9 @@ class Steering:
         chosen = tuple(range(n_layers)) if self.layers is None else self.layers
         wrong = [layer for layer in chosen if layer >= n_layers]
         if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise InputError(
-                f"layers {wrong} are out of range: this model's decoder layers are "
+                f"layers {wrong[:5]}{more} are out of range: this model's decoder layers are "
                 f"0..{n_layers - 1}"
             )
         return chosen

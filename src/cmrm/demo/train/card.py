@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
-from cmrm.prompts.conditions import FIVE, Condition
-from cmrm.demo.vlm import load_demo_vlm
-from cmrm.demo.ledger import Ledger
-from cmrm.demo.measure import Bench, Defense
-from cmrm.prompts.ours.samples import prompt_samples, vqa_samples
+from cmrm.demo.loop import VQA, Bench, untouched, visual_questions
 from cmrm.demo.settings import FULL
+from cmrm.demo.vlm import load_demo
+from cmrm.engines.transformers import TransformersEngine
+from cmrm.prompts.conditions import FIVE, Condition
+from cmrm.prompts.ours import prompt_samples
 
 
 def print_card() -> None:
-    """One JSON line per figure: untouched model, test split, greedy."""
-    vlm = load_demo_vlm()
-    untouched = Defense("none", None, None)
+    """Print one JSON line for each figure: untouched model, test split, greedy decoding."""
+    bench = Bench(TransformersEngine(load_demo()), FULL)
     harmful, benign = prompt_samples("test", "harmful"), prompt_samples("test", "benign")
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(vlm, Ledger(Path(scratch), {}), FULL)
-        for condition in FIVE:
-            rate = bench.unsafe(harmful, condition, untouched).to_json("unsafe_rate")
-            typer.echo(json.dumps({"figure": f"unsafe/{condition.value}", **rate}))
-        for condition in (Condition.QUERY, Condition.ORIGINAL):
-            refused = bench.over_refusal(benign, condition, untouched).to_json("over_refusal")
-            typer.echo(json.dumps({"figure": f"over_refusal/{condition.value}", **refused}))
-        accuracy = bench.vqa_accuracy(vqa_samples("test", n=FULL.vqa), untouched).to_json("accuracy")
-        typer.echo(json.dumps({"figure": "easy_vqa/test", **accuracy}))
+    for condition in FIVE:
+        unsafe = bench.rates(bench.cell(harmful, untouched(), condition))["unsafe"]
+        _print(f"unsafe/{condition.value}", unsafe)
+    for condition in (Condition.QUERY, Condition.ORIGINAL):
+        refused = bench.rates(bench.cell(benign, untouched(), condition))["over_refusal"]
+        _print(f"over_refusal/{condition.value}", refused)
+    questions = visual_questions("test", FULL.vqa)
+    accuracy = bench.rates(bench.cell(questions, untouched(), name=VQA))["accuracy"]
+    _print("easy_vqa/test", accuracy)
+
+
+def _print(figure: str, rate: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps({"figure": figure, **rate}))

@@ -1,4 +1,4 @@
-"""Stage 2: the vision tower learns to name what it sees, by predicting the words of captions (no language model)."""
+"""Stage 2: the vision tower alone learns to predict the words of captions."""
 
 from __future__ import annotations
 
@@ -6,96 +6,114 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPVisionModel
 
-from cmrm.demo.backbone import IMAGE_SIZE, build_processor, load_tokenizer, vision_config
+from cmrm.demo.backbone import IMAGE_SIZE, build_processor, build_tower, load_tokenizer
 from cmrm.demo.train.corpus import CaptionedImage, load_emoji, load_vqa_images
 from cmrm.demo.train.training import Stage, train
 from cmrm.files import atomic_path
 
 BATCH = 32
+"""Images of each of the two sets (easy-VQA, emoji) in one step."""
+SHIFT = 6
+"""Largest shift of an image in pixels."""
+CHUNK = 256
+"""Images that are processed at once where nothing is trained."""
 
 
 def pixels(images: list[CaptionedImage]) -> torch.Tensor:
     """Processed images, float32 [n, 3, 64, 64]."""
     processor = build_processor(load_tokenizer()).image_processor
-    return torch.cat(
-        [processor(images=[i.image for i in images[k : k + 256]], return_tensors="pt")["pixel_values"] for k in range(0, len(images), 256)]
-    ).float()  # fmt: skip
+    chunks = []
+    for start in range(0, len(images), CHUNK):
+        pictures = [captioned.image for captioned in images[start : start + CHUNK]]
+        chunks.append(processor(images=pictures, return_tensors="pt")["pixel_values"])
+    return torch.cat(chunks).float()
 
 
-def shifted(batch: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Augmentation: mirror and shift each [3, 64, 64] image by up to 6 pixels, edges repeated."""
-    padded = F.pad(batch, (6, 6, 6, 6), mode="replicate")
+def shifted(images: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """`images` [n, 3, 64, 64], each shifted by up to 6 pixels (edges repeated), half mirrored."""
+    padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT), mode="replicate")
     rows = []
     for image in padded:
-        top, left = rng.randrange(13), rng.randrange(13)
+        top, left = rng.randrange(2 * SHIFT + 1), rng.randrange(2 * SHIFT + 1)
         crop = image[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
         rows.append(crop.flip(-1) if rng.random() < 0.5 else crop)
     return torch.stack(rows)
 
 
 def train_tower(folder: Path, emoji: Path, *, steps: int = 1200) -> Path:
-    """Train the tower and save it as `folder/tower.safetensors` (float32); return that path.
+    """Train the vision tower into `folder/tower.safetensors` (float32) and return that path.
 
-    Multi-label prediction of caption words (those that occur at least twice) from the mean of the patch states: each
-    step sees 32 easy-VQA training images and 32 emoji. The word head is thrown away.
+    The tower predicts which caption words apply (those that occur at least twice), from the mean of
+    its patch states. Each step sees 32 easy-VQA training images and 32 emoji. The linear head that
+    predicts the words is not saved.
     """
     target = folder / "tower.safetensors"
     if target.exists():
         return target
     torch.manual_seed(1)
-    tower = CLIPVisionModel(vision_config())
-    shapes, drawn = load_vqa_images("train"), load_emoji(emoji)
-    counts = Counter(w for i in shapes + drawn for w in set(i.caption.split()[1:]))
-    words = {w: k for k, w in enumerate(sorted(w for w, c in counts.items() if c >= 2))}
-    head = nn.Linear(tower.config.hidden_size, len(words))
+    tower = build_tower()
+    shapes, drawings = load_vqa_images("train"), load_emoji(emoji)
+    vocabulary = _vocabulary(shapes + drawings)
+    head = nn.Linear(tower.config.hidden_size, len(vocabulary))
+    sets = [(pixels(images), _word_labels(images, vocabulary)) for images in (shapes, drawings)]
+    test_images = load_vqa_images("test")
+    test_pixels, test_labels = pixels(test_images), _word_labels(test_images, vocabulary)
 
-    def labels(images: list[CaptionedImage]) -> torch.Tensor:
-        out = torch.zeros(len(images), len(words))
-        for row, image in enumerate(images):
-            for word in image.caption.split()[1:]:
-                if word in words:
-                    out[row, words[word]] = 1.0
-        return out
-
-    sets = [(pixels(s), labels(s)) for s in (shapes, drawn)]
-    held = load_vqa_images("test")
-    held_pixels, held_labels = pixels(held), labels(held)
-
-    def logits_of(batch: torch.Tensor) -> torch.Tensor:
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            states = tower(pixel_values=batch).last_hidden_state[:, 1:]
-            return head(states.mean(1))
+            states = tower(pixel_values=images).last_hidden_state[:, 1:]
+            logits: torch.Tensor = head(states.mean(1))
+            return logits
 
     def loss_of(rng: random.Random) -> torch.Tensor:
-        parts = []
-        for images, truth in sets:
+        losses = []
+        for images, labels in sets:
             rows = rng.sample(range(len(images)), BATCH)
-            logits = logits_of(shifted(images[rows], rng))
-            parts.append(F.binary_cross_entropy_with_logits(logits.float(), truth[rows], reduction="sum") / len(rows))
-        return parts[0] + 0.1 * parts[1]
+            logits = logits_of(shifted(images[rows], rng)).float()
+            loss = F.binary_cross_entropy_with_logits(logits, labels[rows], reduction="sum")
+            losses.append(loss / len(rows))
+        return losses[0] + 0.1 * losses[1]
 
     @torch.inference_mode()
     def measure(step: int) -> dict[str, float]:
-        hits = [
-            (logits_of(held_pixels[k : k + 256]).topk(2).indices.sort().values == held_labels[k : k + 256].topk(2).indices.sort().values).all(1)
-            for k in range(0, len(held), 256)
-        ]  # fmt: skip
-        return {"easy_vqa_test_colour_and_shape": round(float(np.mean(torch.cat(hits).numpy())), 4)}
+        hits = 0
+        for start in range(0, len(test_images), CHUNK):
+            predicted = _two_words(logits_of(test_pixels[start : start + CHUNK]))
+            labelled = _two_words(test_labels[start : start + CHUNK])
+            hits += int((predicted == labelled).all(1).sum())
+        return {"easy_vqa_test_colour_and_shape": round(hits / len(test_images), 4)}
 
-    parameters = dict(tower.named_parameters()) | {f"head.{n}": p for n, p in head.named_parameters()}
-    train(Stage("tower", steps, 6e-4, save_every=100), parameters, loss_of, folder / "tower", on_checkpoint=measure)
+    parameters = dict(tower.named_parameters())
+    parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+    stage = Stage("tower", steps, 6e-4, save_every=100)
+    train(stage, parameters, loss_of, folder / "tower", on_checkpoint=measure)
     with atomic_path(target) as part:
         save_file(tower.state_dict(), str(part))
     return target
 
 
-def load_tower(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of the tower as transformers' `CLIPVisionModel` names it."""
-    return load_file(str(path))
+def _vocabulary(images: list[CaptionedImage]) -> dict[str, int]:
+    """Column of each caption word that at least two images have; the article is no word."""
+    counts = Counter(word for image in images for word in set(image.caption.split()[1:]))
+    words = sorted(word for word, count in counts.items() if count >= 2)
+    return {word: column for column, word in enumerate(words)}
+
+
+def _word_labels(images: list[CaptionedImage], vocabulary: dict[str, int]) -> torch.Tensor:
+    """1.0 where the caption has the word, float32 [n, words]."""
+    labels = torch.zeros(len(images), len(vocabulary))
+    for row, image in enumerate(images):
+        for word in image.caption.split()[1:]:
+            if word in vocabulary:
+                labels[row, vocabulary[word]] = 1.0
+    return labels
+
+
+def _two_words(scores: torch.Tensor) -> torch.Tensor:
+    """Columns of the two highest scores of each row, ascending; int64 [n, 2]."""
+    return scores.topk(2).indices.sort().values
