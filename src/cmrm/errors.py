@@ -16,7 +16,7 @@ class ModelError(CmrmError):
 
 
 class ArtifactError(CmrmError):
-    """A shift artifact is broken, or does not belong to the model at hand."""
+    """A shift artifact is broken, or does not belong to this model."""
 
 
 class SteeringError(CmrmError):

@@ -94,4 +94,4 @@ def test_ctrl_c_names_the_way_on() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130
-    assert done.stderr.strip() == "cmrm: stopped; the same command goes on from what is finished"
+    assert done.stderr.strip() == "cmrm: stopped; run the same command again to continue"

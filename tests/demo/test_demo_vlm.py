@@ -156,10 +156,12 @@ def test_the_commands_run_on_a_real_set_with_images(demo: VLM, tmp_path: Path) -
         app, [*diagnose, "--corruptions", "black", "--max-new-tokens", "8", "--json"]
     )
     assert diagnosis.exit_code == 0, diagnosis.output
-    cells = json.loads(diagnosis.stdout)["conditions"]
-    conditions = {"original", "blank", "noise", "caption", "query", "black"}
-    assert set(cells) == conditions | {"original + cmrm"}
-    assert all(c["unsafe"]["n"] + c["unsafe"]["unscored"] == 6 for c in cells.values())
+    cells = json.loads(diagnosis.stdout)["cells"]
+    conditions = ("original", "blank", "noise", "caption", "query", "black")
+    expected = {(condition, "none") for condition in conditions} | {("original", "cmrm_dataset")}
+    assert {(cell["condition"], cell["defense"]) for cell in cells} == expected
+    rates = [cell["judges"]["keyword"]["unsafe"] for cell in cells]
+    assert all(rate["n"] + rate["unscored"] == 6 for rate in rates)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")

@@ -302,3 +302,9 @@ def test_an_artifact_of_another_model_steers_nothing(
     ):
         with pytest.raises(ArtifactError, match="other weights"):
             use()
+
+
+def test_an_artifact_is_as_readable_as_any_other_file(shift: ShiftVectors, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("x")
+    assert shift.save(tmp_path / "a.safetensors").stat().st_mode == other.stat().st_mode

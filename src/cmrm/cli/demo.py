@@ -66,7 +66,7 @@ def train(
     ],
     work: Annotated[Path, typer.Option(help="Folder for checkpoints and weights.")] = Path("train"),
 ) -> None:
-    """Train the demo VLM's weights anew: text-only alignment, vision tower, connector.
+    """Train the demo VLM's weights from the start: text-only alignment, vision tower, connector.
 
     This takes hours on a laptop. A run that is stopped continues with the same command.
     """

@@ -67,5 +67,5 @@ def run() -> None:
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:
-            print("cmrm: stopped; the same command goes on from what is finished", file=sys.stderr)
+            print("cmrm: stopped; run the same command again to continue", file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""`cmrm rescore`: stored replies judged anew."""
+"""`cmrm rescore`: stored replies judged again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rescore(
     ] = None,
     as_json: c.JsonOption = False,
 ) -> None:
-    """Judge the replies of a finished run anew, without generating anything."""
+    """Judge the replies of a finished run again, without generating anything."""
     c.need_inspect()
     c.quiet()
     from cmrm.evaluate.rescore import rescore_logs
@@ -36,7 +36,7 @@ def rescore(
 
 
 def refresh(out: Path) -> dict[str, Any]:
-    """Write results and report anew, from the logs and labels of now, and return the results.
+    """Write results and report again, from the present logs and labels, and return the results.
 
     Raises:
         InputError: there are no results or no logs, or they are damaged.

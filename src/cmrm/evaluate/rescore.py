@@ -1,4 +1,4 @@
-"""Stored replies judged anew."""
+"""Stored replies judged again."""
 
 from __future__ import annotations
 

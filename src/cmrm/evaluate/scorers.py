@@ -102,7 +102,7 @@ def shown_images(state: TaskState) -> tuple[str, ...]:
 def judged(judge: Judge, request: str, reply: str, images: Sequence[str] = ()) -> Judgement:
     """The judge's judgement; `images` are for a judge that sees them.
 
-    It is unscored and failed where the judge breaks, or an image is not at hand.
+    It is unscored and failed where the judge breaks, or an image is missing.
     """
     try:
         if any(_REMOVED in image for image in images):

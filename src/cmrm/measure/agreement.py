@@ -238,7 +238,7 @@ def keep_labels(folder: Path, rated: Iterable[Rated], answers: Mapping[str, Answ
         if (_plain(answer.request), _plain(answer.reply)) != texts:
             raise InputError(
                 f"{answer.where}: request and reply are not those of {key}; "
-                "was a column sorted on its own? Draw the sheet anew"
+                "was a column sorted on its own? Draw the sheet again"
             )
     labels = read_labels(folder)
     for key, answer in answers.items():

@@ -312,7 +312,7 @@ def read_results(path: Path) -> dict[str, Any]:
         return checked(values)
     except InputError as error:
         raise InputError(
-            f"{path} is damaged ({error}); run the same command again to make it anew"
+            f"{path} is damaged ({error}); run the same command again to write it again"
         ) from None
 
 

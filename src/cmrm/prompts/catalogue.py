@@ -1,7 +1,7 @@
 """Named sets: where each comes from, which files it needs, its counts, and how its rows are read.
 
 Only easy-VQA and our own prompts come with a package; all others are fetched by the user. Counts
-are the published ones and are checked; checksums are checked where the published file was at hand.
+are the published ones and are checked; checksums too where the file was available.
 Every reader keeps the category, the label (`harmful`: an aligned model refuses; `benign`: it
 answers; None: a utility set) and, for utility sets, the reference answer.
 """

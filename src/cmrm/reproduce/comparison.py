@@ -24,7 +24,7 @@ def published(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_comparison(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with their recipe's targets compared anew; results without a recipe as they are."""
+    """Results with their recipe's targets compared again; results without a recipe as they are."""
     if not results.get("recipe"):
         return dict(results)
     return {**results, "recipe": compared(results["recipe"], results)}

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cmrm.errors import ArtifactError, InputError
 from cmrm.files import atomic_path
@@ -93,7 +93,8 @@ class Artifact:
         metadata = {"cmrm": json.dumps(content, sort_keys=True)}
         try:
             with atomic_path(target) as part:
-                save_file(tensors, str(part), metadata=metadata)
+                # `save_file` would make a file that its owner alone can read.
+                part.write_bytes(save(tensors, metadata=metadata))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"cannot write {target}: {error}") from error
         return target

@@ -2,7 +2,7 @@
 
 A COLUMN is a token's place in the KV cache of its conversation, padding included: the first token
 that a cache takes in has column 0. A pass runs columns start .. start + width - 1. A column below
-`prompt_end` is a prompt token of the turn at hand, or of an earlier turn; from `prompt_end` on
+`prompt_end` is a prompt token of the current turn, or of an earlier turn; from `prompt_end` on
 tokens are generated. Nothing here depends on how many passes the columns are run in.
 """
 
@@ -26,11 +26,11 @@ class Conversation:
     length: int
     """Columns that have been run."""
     prompt_end: int
-    """First generated column of the turn at hand."""
+    """First generated column of the current turn."""
     gate: torch.Tensor
     """bool [B]: rows that hold an image."""
     last_prompt: torch.Tensor
-    """int64 [B]: column of the last prompt token of the turn at hand, padding aside."""
+    """int64 [B]: column of the last prompt token of the current turn, padding aside."""
     last_image: torch.Tensor
     """int64 [B]: column of the last image token of the prompt, `NOWHERE` without one."""
     first_image: torch.Tensor
@@ -177,7 +177,7 @@ def prompt_of(
     end: int,
     before: Conversation | None = None,
 ) -> Conversation:
-    """A conversation whose turn at hand ends at column `end`.
+    """A conversation whose current turn ends at column `end`.
 
     Args:
         is_image: bool [B, end - start], image tokens among the prompt's columns from `start` on.
