@@ -145,7 +145,9 @@ def test_a_file_that_is_no_regression(tmp_path: Path, text: str) -> None:
 def test_the_command_trains_the_shipped_weights(tmp_path: Path) -> None:
     paths = [str(XSTEST / name) for name in shipped_provenance()["files"]]
     out = tmp_path / "r.json"
-    result = CliRunner().invoke(app, ["judges", "train", *paths, "--out", str(out), "--json"])
+    result = CliRunner().invoke(
+        app, ["judges", "train", *paths, "--judge", "regression", "--out", str(out), "--json"]
+    )
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.strip().splitlines()]
     figures = {line["judge"]: line for line in lines}

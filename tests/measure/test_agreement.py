@@ -17,7 +17,6 @@ from cmrm.measure.agreement import (
     Label,
     Rated,
     agreement_between,
-    draw,
     keep_labels,
     read_labels,
     read_sheet,
@@ -138,24 +137,6 @@ def test_a_person_stands_beside_the_judges() -> None:
     assert person["same"]["rate"] == 0.5
     harm = next(p for p in figures["unsafe"]["pairs"] if p["first"] == "person")
     assert (harm["n"], harm["same"]["rate"]) == (2, 0.5)
-
-
-def test_a_draw_is_even_seeded_and_without_repetition() -> None:
-    rows = [rated(k, defense=("none", "cmrm")[k % 10 == 0], harmful=k % 3 > 0) for k in range(90)]
-    rows += [rated(200 + k, defense="none", reply="same") for k in range(3)]
-    drawn = draw(rows, 12, seed=1)
-    assert [r.id for r in drawn] == [r.id for r in draw(list(reversed(rows)), 12, seed=1)]
-    assert [r.id for r in drawn] != [r.id for r in draw(rows, 12, seed=2)]
-    counts = {group: sum(r.group == group for r in drawn) for group in {r.group for r in rows}}
-    assert set(counts.values()) == {3}, (
-        "as many of each kind and defence, though there are fewer of one"
-    )
-    same = [Rated(f"{k}", ("harmful",), "q", "the same", True) for k in range(4)]
-    assert len(draw(same, 3)) == 1
-    with pytest.raises(InputError, match="at least 1"):
-        draw(rows, 0)
-    with pytest.raises(InputError, match="no replies"):
-        draw([], 5)
 
 
 def label(path: Path, *labels: tuple[str, str]) -> None:

@@ -55,7 +55,7 @@ def test_a_cell_for_each_of_the_five_conditions(engine: TransformersEngine, load
         (name, "none") for name in ("original", "blank", "noise", "caption", "query")
     }
     for cell in results["cells"]:
-        judged = cell["judges"]["keyword"]
+        judged = cell["judges"]["small"]
         assert judged["unsafe"]["n"] + judged["unsafe"]["unscored"] == 3
         assert judged["over_refusal"]["n"] + judged["over_refusal"]["unscored"] == 3
     geometry = results["geometry"]

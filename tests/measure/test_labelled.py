@@ -87,7 +87,7 @@ def test_any_csv_by_its_columns_and_labels(tmp_path: Path) -> None:
 
 
 def test_any_csv_on_the_command_line(tmp_path: Path) -> None:
-    arguments = ["--map", MINE, "--refused", "1", "--complied", "0", "--json"]
+    arguments = ["--map", MINE, "--refused", "1", "--complied", "0", "--judge", "keyword", "--json"]
     result = CliRunner().invoke(app, ["judges", "agree", str(my_file(tmp_path)), *arguments])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["n"] == 3

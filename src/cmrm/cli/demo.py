@@ -56,6 +56,7 @@ def demo(
         )
     size = results["settings"]["budget"]["name"]
     c.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))
+    c.print_judges(results)
     typer.echo(f"report: {out / 'report.html'}   results: {out / 'results.json'}")
 
 

@@ -26,8 +26,8 @@ def diagnose(
     on_error: c.OnErrorOption = "stop",
     limit: c.LimitOption = None,
     judges: Annotated[
-        str, typer.Option(help="Comma list, such as keyword,ensemble; see docs/evaluate.md.")
-    ] = "keyword",
+        str, typer.Option(help="Comma list of judges; see docs/evaluate.md.")
+    ] = "small,keyword",
     corruptions: Annotated[
         str | None,
         typer.Option(help="all, or a comma list such as black,blur: further corrupted images."),
@@ -139,6 +139,7 @@ def _print(results: dict[str, Any]) -> None:
         [*columns, f"distance to query at layers {numbers}", "cosine to query"],
         rows,
     )
+    c.print_judges(results)
     for note in data["notes"]:
         typer.echo(f"{data['name']}: {note}")
     for name, reason in results["left_out"].items():

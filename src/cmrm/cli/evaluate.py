@@ -72,10 +72,10 @@ def evaluate(
     judges: Annotated[
         str,
         typer.Option(
-            help="Comma list: keyword, regression, ensemble, guard:KIND=MODEL, chat:MODEL, "
+            help="Comma list: small, keyword, regression, ensemble, guard:KIND=MODEL, chat:MODEL, "
             "openai:MODEL@URL."
         ),
-    ] = "keyword,ensemble",
+    ] = "small,keyword",
     rater: Annotated[
         str | None,
         typer.Option(

@@ -12,9 +12,10 @@ from cmrm.cli import options as c
 from cmrm.cli.rescore import refresh
 
 if TYPE_CHECKING:
+    from cmrm.judges.cards import MeasuredAgreement
     from cmrm.measure.agreement import Rated
     from cmrm.measure.kappa import Agreement
-    from cmrm.measure.labelled import Layout
+    from cmrm.measure.layouts import Layout
 
 app = typer.Typer(help="Judges and their agreement with people.", no_args_is_help=True)
 
@@ -29,15 +30,15 @@ def agree(
     replies: Annotated[
         list[Path],
         typer.Argument(
-            help="CSV files with columns prompt, completion, final_label, as XSTest publishes "
-            "them; or the folder of `cmrm evaluate`."
+            help="CSV files of labelled replies: XSTest's and MSTS's are recognised, others take "
+            "--map; or the folder of `cmrm evaluate`."
         ),
     ],
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Comma list. Files: keyword when left out. A folder: those that judged it; add "
-            "others with `cmrm rescore`."
+            help="Comma list. Files: small,keyword when left out. A folder: those that judged it; "
+            "add others with `cmrm rescore`."
         ),
     ] = None,
     sheet: Annotated[
@@ -47,10 +48,19 @@ def agree(
             "with it."
         ),
     ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder: a labelled sheet of another run. Where the run has too few labels of "
+            "its own, its rates are corrected by the judges' errors on that sheet."
+        ),
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(
-            "--map", help="Columns of the files: prompt=question,completion=answer,label=verdict."
+            "--map",
+            help="Columns of the files: prompt=question,completion=answer,label=verdict, and "
+            "model=, case=, language= where there are such.",
         ),
     ] = None,
     refused: Annotated[
@@ -60,32 +70,54 @@ def agree(
     complied: Annotated[
         str | None, typer.Option(help="Labels of the files that are none, likewise.")
     ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out",
+            help="Files: small is trained anew for each part, without the part's model and cases. "
+            "A quarter of an hour.",
+        ),
+    ] = False,
+    cards: Annotated[
+        Path | None,
+        typer.Option(help="With --held-out: JSON file that the judges' cards are written into."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: files, a line each; a folder, one document.")
     ] = False,
 ) -> None:
     """How far judges agree with people, and with each other.
 
-    Files: Cohen's kappa, precision and recall against people's labels of refusal (2_full_refusal
-    or 3_partial_refusal), and with several judges how far they agree. A folder: kappa of every two
-    judges, Krippendorff's alpha, and a person's labels beside them.
+    Files: Cohen's kappa, precision and recall against people's labels of refusal, and with several
+    judges how far they agree. With --held-out by collection, model and language, of refusal and of
+    unsafe replies. A folder: kappa of every two judges, Krippendorff's alpha, and a person's labels
+    beside them.
     """
     from cmrm.errors import InputError
 
     names = None if judge is None else c.parse_names(judge, "--judge")
     if len(replies) == 1 and replies[0].is_dir():
-        if (columns, refused, complied) != (None, None, None):
+        if (columns, refused, complied, cards) != (None,) * 4 or held_out:
             raise InputError(
-                "--map, --refused and --complied go with labelled files, not with a folder"
+                "--map, --refused, --complied, --held-out and --cards go with labelled files, not "
+                "with a folder"
             )
-        agreement = _agree_in_folder(replies[0], names, sheet)
+        agreement = _agree_in_folder(replies[0], names, sheet, validation)
         c.print_json(agreement) if as_json else _print_agreement(agreement)
         return
-    if sheet is not None:
-        raise InputError("--sheet goes with the folder of `cmrm evaluate` that it was drawn from")
-    from cmrm.measure.labelled import layout_of
+    if sheet is not None or validation is not None:
+        raise InputError("--sheet and --validation go with the folder of a `cmrm evaluate`")
+    if cards is not None and not held_out:
+        raise InputError("--cards goes with --held-out: a card holds no figures of training data")
+    from cmrm.judges import DEFAULT_JUDGE
+    from cmrm.measure.layouts import layout_of
 
-    _agree_on_files(replies, names or ["keyword"], layout_of(columns, refused, complied), as_json)
+    names = names or [DEFAULT_JUDGE, "keyword"]
+    layout = layout_of(columns, refused, complied)
+    if held_out:
+        _agree_held_out(replies, names, layout, cards, as_json)
+    else:
+        _agree_on_files(replies, names, layout, as_json)
 
 
 @app.command()
@@ -99,7 +131,8 @@ def sheet(
         typer.Option(
             "--number",
             "-n",
-            help="Replies to draw, spread evenly over defences, sets and kinds of request.",
+            help="Replies to draw: as many of each defence, set, condition and kind of request, "
+            "more of them where the judges are unsure.",
         ),
     ] = 50,
     seed: c.SeedOption = 0,
@@ -109,11 +142,18 @@ def sheet(
     Write yes or no into `refused` (does the reply refuse?) and `unsafe` (does it comply with
     harm?), leave a cell empty where you cannot tell, and read the sheet back in with `cmrm judges
     agree FOLDER --sheet FILE`. Replies are shown in full there: harmful ones too.
+
+    Replies that a judge left open, that two judges contradict each other on, or whose probability
+    is near one half are drawn up to three times as often. FOLDER/sheets.json keeps with what
+    probability each reply was drawn, so that the labels correct the run's rates.
     """
     rated = _rated(out)
-    from cmrm.measure.agreement import draw, write_sheet
+    from cmrm.measure.agreement import write_sheet
+    from cmrm.measure.drawing import record_draw
+    from cmrm.measure.sheet import draw
 
-    drawn = draw(rated, n, seed=seed)
+    drawn, probabilities = draw(rated, n, seed=seed)
+    record_draw(out, probabilities, (row.id for row in drawn), seed=seed)
     write_sheet(to, drawn)
     typer.echo(f"{to}: {len(drawn)} replies to label; then: cmrm judges agree {out} --sheet {to}")
     if len(drawn) < n:
@@ -130,8 +170,13 @@ def _rated(out: Path) -> list[Rated]:
     return rated_of(read_cells(Folder(out).logs))
 
 
-def _agree_in_folder(out: Path, names: list[str] | None, sheet: Path | None) -> dict[str, Any]:
-    """Agreement of a run's judges; labels of a sheet are added to the run's folder first."""
+def _agree_in_folder(
+    out: Path, names: list[str] | None, sheet: Path | None, validation: Path | None
+) -> dict[str, Any]:
+    """Agreement of a run's judges; labels of a sheet are added to the run's folder first.
+
+    So are the judges' errors on the sheet `validation` of another run.
+    """
     from dataclasses import replace
 
     rated = _rated(out)
@@ -148,11 +193,17 @@ def _agree_in_folder(out: Path, names: list[str] | None, sheet: Path | None) -> 
             f"{', '.join(missing)} did not judge {out}; add it: cmrm rescore {out} --judges "
             f"{','.join(missing)}"
         )
-    if answers is not None:
+    if answers is not None or validation is not None:
         results = Folder(out).results
         if results.exists():
             read_results(results)
-        keep_labels(out, rated, answers)
+        if answers is not None:
+            keep_labels(out, rated, answers)
+        if validation is not None:
+            from cmrm.judges import make_judge
+            from cmrm.measure.validation import keep_validation
+
+            keep_validation(out, validation, {name: make_judge(name) for name in sorted(known)})
         if results.exists():
             refresh(out)
     if names is not None:
@@ -163,7 +214,55 @@ def _agree_in_folder(out: Path, names: list[str] | None, sheet: Path | None) -> 
     return agreement_between(rated, read_labels(out))
 
 
-def _agree_on_files(files: list[Path], names: list[str], layout: Layout, as_json: bool) -> None:
+def _agree_held_out(
+    files: list[Path], names: list[str], layout: Layout | None, cards: Path | None, as_json: bool
+) -> None:
+    """The table of a card: `small` trained without what it judges, others on the same replies."""
+    from cmrm.judges import DEFAULT_JUDGE, make_judge
+    from cmrm.judges.cards import write_cards
+    from cmrm.measure.layouts import read_files
+    from cmrm.measure.training import calibration_error, held_out, judged_rows, table_of
+
+    rows = read_files(files, layout)
+    others = {name: make_judge(name) for name in names if name != DEFAULT_JUDGE}
+    results = {}
+    if DEFAULT_JUDGE in names:
+        with c.progress(len(rows)) as (say, tick):
+            say("trained without what is judged")
+            results[DEFAULT_JUDGE] = held_out(rows, tick=tick)
+    results |= {name: judged_rows(rows, judge) for name, judge in others.items()}
+    command = f"cmrm judges agree {' '.join(path.name for path in files)} --held-out"
+    lines = [(name, row) for name, found in results.items() for row in table_of(found, command)]
+    if cards is not None:
+        write_cards(cards, lines)
+    for name, row in lines:
+        _print_measured(name, row, as_json)
+    for name, found in results.items():
+        for question in ("refusal", "unsafe"):
+            error = calibration_error(found, question)
+            if error is not None and not as_json:
+                typer.echo(f"{name}, {question}: expected calibration error {error:.3f}")
+
+
+def _print_measured(judge: str, row: MeasuredAgreement, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        typer.echo(json.dumps({"judge": judge, **asdict(row)}))
+        return
+    kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
+    precision = f"{row.tp / (row.tp + row.fp):.3f}" if row.tp + row.fp else "-"
+    recall = f"{row.tp / (row.tp + row.fn):.3f}" if row.tp + row.fn else "-"
+    place = row.set if row.language is None else f"{row.set}, {row.language}"
+    typer.echo(
+        f"{judge:9s} {row.question:8s} {place:58s} kappa {kappa}  precision {precision}  "
+        f"recall {recall}  n {row.n}  unscored {row.unscored}"
+    )
+
+
+def _agree_on_files(
+    files: list[Path], names: list[str], layout: Layout | None, as_json: bool
+) -> None:
     from cmrm.judges import make_judge
     from cmrm.measure.agreement import agreement_on_files
     from cmrm.measure.labelled import agreement_of_files, judged_files, trained_on
@@ -174,7 +273,7 @@ def _agree_on_files(files: list[Path], names: list[str], layout: Layout, as_json
         if known:
             typer.echo(
                 f"{name} was trained on {', '.join(known)}: its agreement there is flattered; "
-                "`cmrm judges train` prints what is held out",
+                "--held-out measures what it was not trained on",
                 err=True,
             )
     failures: list[str] = []
@@ -210,21 +309,45 @@ def _print_agreement(agreement: dict[str, Any]) -> None:
 @app.command()
 def train(
     labelled: Annotated[
-        list[Path], typer.Argument(help="CSV files with columns prompt, completion, final_label.")
+        list[Path],
+        typer.Argument(
+            help="CSV files of labelled replies: XSTest's completions and MSTS's replies."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="JSON file for the weights.")] = Path(
-        "refusal_regression.json"
-    ),
+    judge: Annotated[
+        str, typer.Option(help="small, or regression (a member of the judge ensemble).")
+    ] = "small",
+    out: Annotated[Path | None, typer.Option(help="File for the weights.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per judge.")] = False,
 ) -> None:
-    """Train the ensemble's regression on people's labels, and print its held-out agreement.
+    """Train a judge on people's labels. The same files give the same weights, bit for bit.
 
-    The figures of regression and ensemble come from five folds by prompt; the weights that are
-    written are trained on all completions.
+    For `small`, `cmrm judges agree FILES --held-out` prints what it reaches on models and cases
+    that it was not trained on. For `regression`, five folds by prompt are printed here.
     """
+    from cmrm.errors import InputError
+
+    if judge == "small":
+        from cmrm.judges.small import SHIPPED
+        from cmrm.measure.training import train_small
+
+        path = out or Path(SHIPPED)
+        provenance = train_small(labelled, path)
+        if as_json:
+            typer.echo(json.dumps(provenance))
+        else:
+            typer.echo(
+                f"{path}: trained on {provenance['replies']} replies and "
+                f"{provenance['translations']} translations"
+            )
+        return
+    if judge != "regression":
+        raise InputError(f"no judge {judge!r} is trained; one of small, regression")
+    from cmrm.judges.ensemble import SHIPPED as REGRESSION
     from cmrm.measure.labelled import train_regression
 
-    for name, row in zip(("regression", "ensemble"), train_regression(labelled, out), strict=True):
+    rows = train_regression(labelled, out or Path(REGRESSION))
+    for name, row in zip(("regression", "ensemble"), rows, strict=True):
         _print(f"{name}, held out", row, "judge", as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -286,6 +286,14 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*map(Text, row))
     Console(width=None if on_screen else FILE_COLUMNS).print(table)
+
+
+def print_judges(results: Mapping[str, Any]) -> None:
+    """A line for each judge of results: its agreement with people."""
+    from cmrm.report.judged import judge_lines
+
+    for line in judge_lines(results):
+        typer.echo(f"judged by {line}")
 
 
 def progress_bar(console: Any) -> Any:

@@ -144,6 +144,7 @@ def finish(results: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def print_results(results: dict[str, Any], as_json: bool) -> None:
     """The tables of a run, published figures first; or its results as JSON."""
+    from cmrm.report.judged import correction_table
     from cmrm.report.tables import cell_table, outcome_table, short_rate
 
     if as_json:
@@ -157,6 +158,10 @@ def print_results(results: dict[str, Any], as_json: bool) -> None:
     if outcomes.rows:
         c.print_rows(f"{model}, every set with its own images: {rates}", *outcomes)
     c.print_rows(f"{model}: {rates}", *cell_table(results, short_rate))
+    corrections = correction_table(results, short_rate)
+    if corrections.rows:
+        c.print_rows("corrected for the judges' errors, over all replies of the run", *corrections)
+    c.print_judges(results)
 
 
 def print_targets(recipe: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from cmrm.engines.base import Decoding
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import CmrmError, InputError
 from cmrm.files import atomic_path, write_json
-from cmrm.judges import KeywordJudge
+from cmrm.judges import DEFAULT_JUDGE, Judge, make_judge
 from cmrm.measure.environment import (
     machine_info,
     model_info,
@@ -107,8 +107,12 @@ def visual_questions(published: str, n: int | None, *, seed: int = 0) -> list[Sa
     return [replace(sample, answer=answer) for sample, answer in drawn]
 
 
+JUDGES = (DEFAULT_JUDGE, "keyword")
+"""Judges of the demo; rates that are printed are the first one's."""
+
+
 class Bench:
-    """The demo's measurements: one engine, one budget, one judge, one store of replies."""
+    """The demo's measurements: one engine, one budget, two judges, one store of replies."""
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class Bench:
         self.budget = budget
         self.store = store
         self.tick = tick
-        self.judge = KeywordJudge()
+        self.judges: dict[str, Judge] = {name: make_judge(name) for name in JUDGES}
 
     def cell(
         self,
@@ -143,7 +147,7 @@ class Bench:
                 measure_cell(
                     Answering(self.engine, defense, Decoding(tokens), self.store),
                     part,
-                    {self.judge.name: self.judge},
+                    self.judges,
                     name=name,
                     condition=condition,
                     harm=None if kind == "utility" else HARM,
@@ -159,8 +163,8 @@ class Bench:
 
         Those without samples are absent.
         """
-        row = cell_row(cell, [self.judge.name])
-        judged = row["judges"][self.judge.name]
+        row = cell_row(cell, [DEFAULT_JUDGE])
+        judged = row["judges"][DEFAULT_JUDGE]
         named = {**judged, "accuracy": row["accuracy"]}
         return {
             name: named[name] for name in ("unsafe", "over_refusal", "accuracy") if named.get(name)
@@ -172,9 +176,7 @@ class Bench:
         for alpha in ALPHAS:
             defense = dataset_level(shift, replace(DATASET_STEERING, alpha=alpha))
             rate = self.rates(self.cell(samples, defense))["unsafe"]
-            points.append(
-                {"alpha": alpha, "defense": defense.name, "judge": self.judge.name, **rate}
-            )
+            points.append({"alpha": alpha, "defense": defense.name, "judge": DEFAULT_JUDGE, **rate})
         return points
 
     def geometry(self, samples: Sequence[Sample], file: Path) -> dict[str, Any]:

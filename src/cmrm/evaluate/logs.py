@@ -9,7 +9,14 @@ from inspect_ai.log import EvalLog, EvalLogInfo, EvalSample, list_eval_logs, rea
 from inspect_ai.scorer import Score
 
 from cmrm.errors import InputError
-from cmrm.evaluate.scorers import COMPARISON, FAILED, NOT_ASKED, RATER, ratings_of
+from cmrm.evaluate.scorers import (
+    COMPARISON,
+    FAILED,
+    NOT_ASKED,
+    PROBABILITIES,
+    RATER,
+    ratings_of,
+)
 from cmrm.judges import Verdict
 from cmrm.judges.base import judge_of
 from cmrm.measure.answers import EXACT
@@ -77,12 +84,16 @@ def cell_of(log: EvalLog, defense: str) -> Cell:
 def _outcome(sample: EvalSample, scores: dict[str, Score]) -> Outcome:
     verdicts, reasons, failed = {}, {}, {}
     values: dict[str, Any] = {}
+    probabilities: dict[str, tuple[float | None, float | None]] = {}
     for name, score in scores.items():
         if score.value == NOT_ASKED:
             continue
         judge = judge_of(name)
         if judge is not None:
             verdicts[judge] = str(score.value)
+            pair = (score.metadata or {}).get(PROBABILITIES)
+            if isinstance(pair, list) and len(pair) == 2:
+                probabilities[judge] = (pair[0], pair[1])
         elif name == COMPARISON:
             values[EXACT] = score.value
         elif name == RATER:
@@ -90,13 +101,13 @@ def _outcome(sample: EvalSample, scores: dict[str, Score]) -> Outcome:
         reason = failure_of(score)
         if reason is not None:
             failed[judge or RATING] = reason
-        elif score.value == Verdict.UNSCORED.value:
+        elif score.explanation or score.value == Verdict.UNSCORED.value:
             reasons[judge or RATING] = score.explanation or "no reason is on record"
     metadata = sample.metadata
     return Outcome(
         str(sample.id), metadata.get("kind", "other"), str(metadata.get("category", "")),
         str(metadata.get("request", "")), sample.output.completion, verdicts, reasons, failed,
-        values,
+        values, probabilities,
     )  # fmt: skip
 
 

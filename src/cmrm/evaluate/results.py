@@ -14,14 +14,20 @@ from cmrm.measure.fluency import FluencyStore
 from cmrm.measure.outcomes import Cell
 from cmrm.measure.schema import checked, read_results
 from cmrm.measure.table import results_of
+from cmrm.measure.validation import corrections_in
 
 
 def measured(out: Path, cells: Sequence[Cell], *, seed: int) -> dict[str, Any]:
-    """What the logs of a run say: rates, agreement of its judges and a person, examples."""
+    """What the logs of a run say: rates, agreement of its judges and a person, examples.
+
+    Labels in the folder correct the rates for the judges' errors.
+    """
     perplexity = FluencyStore(Folder(out).fluency).perplexities(cells, seed=seed)
+    rated, labels = rated_of(cells), read_labels(out)
+    corrections = corrections_in(out, rated, labels, seed=seed)
     return {
-        **results_of(cells, seed=seed, perplexity=perplexity),
-        "agreement": agreement_between(rated_of(cells), read_labels(out)),
+        **results_of(cells, seed=seed, perplexity=perplexity, corrections=corrections),
+        "agreement": agreement_between(rated, labels),
         "examples": examples_of(cells),
     }
 

@@ -31,6 +31,8 @@ RATER = "cmrm_rating"
 """Scorer of samples with a reference answer that a judge rates replies beside."""
 NOT_ASKED = "not asked"
 """Value of a scorer for samples of another kind."""
+PROBABILITIES = "probabilities"
+"""Key in a score's metadata: probabilities of refusal and of engagement."""
 FAILED = "failed"
 """Key in a score's metadata: whether the judge or rater broke, so that it is asked again."""
 _REMOVED = "base64-data-removed"
@@ -84,7 +86,7 @@ def verdict_scorer(name: str) -> Any:
                 judged, judge, str(state.metadata.get("request", "")), reply, images,
                 limiter=_one_at_a_time(),
             )  # fmt: skip
-            return _score(judgement.verdict.value, reply, judgement.reason, judgement.failed)
+            return _judged_score(judgement, reply)
 
         return score
 
@@ -204,6 +206,14 @@ def scorers_for(judges: Sequence[str], rater: str | None = None) -> list[Scorer]
     """A scorer for every judge, one that compares with reference answers, and `rater`'s."""
     scorers: list[Scorer] = [verdict_scorer(name)() for name in judges]
     return [*scorers, exact(), *([rating_scorer(rater)()] if rater else [])]
+
+
+def _judged_score(judgement: Judgement, reply: str) -> Score:
+    """A judgement as a score; calibrated probabilities stand in its metadata."""
+    score = _score(judgement.verdict.value, reply, judgement.reason, judgement.failed)
+    if judgement.probabilities is not None:
+        score.metadata = {**(score.metadata or {}), PROBABILITIES: list(judgement.probabilities)}
+    return score
 
 
 def _score(value: str, reply: str, reason: str | None = None, failed: bool = False) -> Score:

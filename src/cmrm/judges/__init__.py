@@ -6,13 +6,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cmrm.errors import InputError
-from cmrm.judges.base import Judge, Judgement, ReasonedJudge, Verdict, assessed, safely
+from cmrm.judges.base import (
+    Judge,
+    Judgement,
+    ReasonedJudge,
+    Verdict,
+    assessed,
+    assessed_all,
+    safely,
+)
 from cmrm.judges.keyword import KeywordJudge
 
 if TYPE_CHECKING:
     from cmrm.judges.ensemble import EnsembleJudge, RegressionJudge
 
 __all__ = [
+    "DEFAULT_JUDGE",
     "EnsembleJudge",
     "Judge",
     "Judgement",
@@ -21,12 +30,16 @@ __all__ = [
     "RegressionJudge",
     "Verdict",
     "assessed",
+    "assessed_all",
     "judge_maker",
     "judge_model",
     "judge_names",
     "make_judge",
     "safely",
 ]
+
+DEFAULT_JUDGE = "small"
+"""Name of the judge whose figures come first."""
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +48,12 @@ def __getattr__(name: str) -> Any:
 
         return getattr(ensemble, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _small() -> Judge:
+    from cmrm.judges.small import SmallJudge
+
+    return SmallJudge()
 
 
 def _ensemble() -> Judge:
@@ -50,6 +69,7 @@ def _regression() -> Judge:
 
 
 _PLAIN: dict[str, Callable[[], Judge]] = {
+    DEFAULT_JUDGE: _small,
     "keyword": KeywordJudge,
     "regression": _regression,
     "ensemble": _ensemble,
@@ -64,9 +84,9 @@ def judge_names() -> list[str]:
 def make_judge(name: str) -> Judge:
     """The judge of a name.
 
-    `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like for a guard
-    (`judges.guard.KINDS`), `chat:PATH` for a chat model with a rubric (`judges.local`), both from
-    a folder or hub id; `openai:MODEL@http://host:port/v1` for an endpoint of OpenAI's
+    `small`, `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like for a
+    guard (`judges.guard.KINDS`), `chat:PATH` for a chat model with a rubric (`judges.local`), both
+    from a folder or hub id; `openai:MODEL@http://host:port/v1` for an endpoint of OpenAI's
     protocol (`judges.endpoint`).
 
     Raises:

@@ -1,6 +1,6 @@
-"""Whether a text is English, by its letters and its most common words.
+"""The language of a text, by its letters and its most common words.
 
-The judges of text know English alone and leave other languages unscored. A text of few words is
+A judge of text leaves the languages that it was not measured on unscored. A text of few words is
 taken for English unless one of them belongs to another language. `words.json` lists the words.
 """
 
@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -52,35 +53,100 @@ def _tables() -> Any:
     return json.loads(files("cmrm.judges").joinpath("words.json").read_text(encoding="utf-8"))
 
 
+MEASURED = ("English", "Arabic", "Chinese", "French", "German", "Spanish")
+"""Languages that the judge `small` was measured on; Chinese in simplified characters."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a text looks like."""
+
+    language: str | None
+    """Its language; None where it is not known."""
+    reason: str | None
+    """Why it is not taken for English, on one line; None for English."""
+
+
 def english_text(reply: str) -> tuple[str, str | None]:
     """A reply normalised for a judge of English, and why it cannot judge it (None where it can)."""
     text = normalise(reply)
+    return text, _nothing(reply, text) or not_english(text)
+
+
+def measured_text(reply: str) -> tuple[str, str | None]:
+    """A reply normalised for a judge of the languages in `MEASURED`, and why it cannot judge it
+    (None where it can)."""
+    text = normalise(reply)
+    reason = _nothing(reply, text)
+    if reason is not None:
+        return text, reason
+    look = look_at(text)
+    if look.language in MEASURED:
+        return text, None
+    return text, f"not a language that the judge was measured on: {look.reason}"
+
+
+def _nothing(reply: str, text: str) -> str | None:
+    """Why a reply that is normalised to `text` has nothing to judge, or None where it has."""
     if text:
-        return text, not_english(text)
-    return "", "the reply holds only thinking or markup" if reply.strip() else EMPTY
+        return None
+    return "the reply holds only thinking or markup" if reply.strip() else EMPTY
 
 
 def not_english(text: str) -> str | None:
-    """Why `text` (normalised) is not taken for English, or None where it is.
+    """Why `text` (normalised) is not taken for English, or None where it is."""
+    return look_at(text).reason
+
+
+def look_at(text: str) -> Look:
+    """The language of `text` (normalised).
 
     Digits alone are taken for an English answer, punctuation and emoji alone are not.
     """
     words = _WORD.findall(text)
     if not words:
-        return None if any(map(str.isdigit, text)) else "not English, it holds no word"
+        if any(map(str.isdigit, text)):
+            return Look("English", None)
+        return Look(None, "not English, it holds no word")
     script = _other_script(words)
     if script is not None:
-        return f"not English, most of it is in {script} letters"
+        return Look(
+            _language_of_script(script, text),
+            f"not English, most of it is in {script} letters",
+        )
     if any(map(_endless, words)):
-        return "not English, a word has no end"
+        return Look(None, "not English, a word has no end")
     lower = [word.lower() for word in words]
     english = sum(word in _common("english") for word in lower)
     language, count = _nearest(words, lower)
     if count > english:
-        return f"not English, its words look {language}"
+        return Look(language, f"not English, its words look {language}")
     if len(words) >= _FEW and english < _SHARE * len(words):
-        return "not English, it holds hardly any common English word"
-    return None
+        return Look(None, "not English, it holds hardly any common English word")
+    return Look("English", None)
+
+
+_KANA = re.compile("[\u3040-\u30ff]")
+_NOT_ARABIC = re.compile("[\u067e\u0686\u0698\u06af\u06a9\u06cc\u0679\u0688\u06d2\u06c1\u06be]")
+"""Letters of Persian and Urdu that Arabic does not use."""
+_FOREIGN = 1 / 30
+"""Share of them in a text from which on it is not taken for Arabic."""
+_TRADITIONAL = re.compile(
+    "[\u9019\u500b\u5011\u70ba\u8207\u6703\u5c0d\u7121\u8aaa\u8acb\u61c9\u8a72\u4f86\u6642\u5f8c\u904e\u9084\u6c92\u5716\u9ede]"
+)
+_SIMPLIFIED = re.compile(
+    "[\u8fd9\u4e2a\u4eec\u4e3a\u4e0e\u4f1a\u5bf9\u65e0\u8bf4\u8bf7\u5e94\u8be5\u6765\u65f6\u540e\u8fc7\u8fd8\u6ca1\u56fe\u70b9]"
+)
+
+
+def _language_of_script(script: str, text: str) -> str | None:
+    """The language that a text in other than Latin letters is in; None where it is not known."""
+    if script == "Chinese":
+        if _KANA.search(text) or len(_TRADITIONAL.findall(text)) > len(_SIMPLIFIED.findall(text)):
+            return None
+        return "Chinese"
+    arabic = script == "Arabic" and len(_NOT_ARABIC.findall(text)) < _FOREIGN * len(text)
+    return "Arabic" if arabic else None
 
 
 def _endless(word: str) -> bool:

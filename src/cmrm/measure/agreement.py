@@ -11,9 +11,9 @@ import csv
 import hashlib
 import io
 import json
-import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cmrm.errors import InputError
 from cmrm.files import atomic_path, write_json
 from cmrm.judges import Verdict
 from cmrm.judges.base import verdict_of
+from cmrm.measure.drawing import drawn_with
 from cmrm.measure.kappa import alpha_of, kappa_of
 from cmrm.measure.labelled import Completion
 from cmrm.measure.outcomes import Cell
@@ -52,6 +53,14 @@ class Rated:
     """Whether the request is a harmful one."""
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     """Judge -> verdict."""
+    probabilities: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Judge -> calibrated probabilities that the reply refuses, and that it engages with harm;
+    None where the judge has none."""
+
+    @property
+    def text(self) -> tuple[bool, str, str]:
+        """Whether the request is harmful, the request, the reply: what a person's label is of."""
+        return self.harmful, self.request, self.reply
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,15 @@ class Label:
     """Whether it refuses."""
     unsafe: bool | None
     """Whether it complies with harm."""
+    probability: float = 0.0
+    """Probability with which the sheets on record brought the reply to the person."""
+    recorded: bool = False
+    """Whether one of these sheets drew it; no record was kept of earlier sheets."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether it answers neither question."""
+        return self.refused is None and self.unsafe is None
 
 
 @dataclass(frozen=True)
@@ -84,34 +102,6 @@ def reply_id(*parts: str) -> str:
     The letter keeps spreadsheets from reading it as a number.
     """
     return "r" + hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
-
-
-def draw(rated: Iterable[Rated], n: int, *, seed: int = 0) -> list[Rated]:
-    """`n` different replies, spread evenly over groups, at random within each, in random order.
-
-    Raises:
-        InputError: `n` is below 1, or there is nothing to draw from.
-    """
-    if n < 1:
-        raise InputError(f"n is {n}; draw at least 1 reply")
-    rng = random.Random(seed)
-    groups: dict[tuple[str, ...], list[Rated]] = {}
-    for row in sorted(rated, key=lambda row: row.id):
-        groups.setdefault(row.group, []).append(row)
-    if not groups:
-        raise InputError("there are no replies to harmful or benign requests to draw from")
-    queues = [rng.sample(rows, len(rows)) for _, rows in sorted(groups.items())]
-    rng.shuffle(queues)
-    drawn: list[Rated] = []
-    seen: set[tuple[str, str]] = set()
-    while len(drawn) < n and any(queues):
-        for queue in queues:
-            while queue and (queue[-1].request, queue[-1].reply) in seen:
-                queue.pop()
-            if queue and len(drawn) < n:
-                seen.add((queue[-1].request, queue[-1].reply))
-                drawn.append(queue.pop())
-    return rng.sample(drawn, len(drawn))
 
 
 def write_sheet(path: Path, rated: Sequence[Rated]) -> None:
@@ -169,9 +159,10 @@ def read_sheet(path: Path) -> dict[str, Answer]:
             raise InputError(f"{where} has {fault}; a sheet has {', '.join(COLUMNS)}")
         if row["id"] in answers:
             raise InputError(f"{where}: the reply {row['id'][:20]} stands there twice")
-        label = Label(*(_yes(row[name], f"{where}, {name}") for name in ("refused", "unsafe")))
+        refused, unsafe = (_yes(row[name], f"{where}, {name}") for name in ("refused", "unsafe"))
+        label = Label(refused, unsafe)
         answers[row["id"]] = Answer(label, row["request"], row["reply"], where)
-    labelled = {key: row for key, row in answers.items() if row.label != Label(None, None)}
+    labelled = {key: row for key, row in answers.items() if not row.label.empty}
     if not labelled:
         raise InputError(
             f"{path} has no labels yet; write yes or no into the columns refused and unsafe"
@@ -198,8 +189,10 @@ def _plain(cell: str) -> str:
 def read_labels(folder: Path) -> dict[str, Label]:
     """A person's labels in a grid's folder, by reply; empty where there is no file of them.
 
+    With them are the probabilities of the sheets on record.
+
     Raises:
-        InputError: the file is broken.
+        InputError: the file, or the record of sheets, is broken.
     """
     path = folder / LABELS
     if not path.exists():
@@ -213,9 +206,36 @@ def read_labels(folder: Path) -> dict[str, Label]:
             for value in (label.refused, label.unsafe)
         ):
             raise ValueError("a label is neither true, false nor null")
-        return labels
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} holds no labels: {error}") from None
+    filled = [key for key, label in labels.items() if not label.empty]
+    probabilities, drawn = drawn_with(folder, filled)
+    return {
+        key: replace(label, probability=probabilities.get(key, 0.0), recorded=key in drawn)
+        for key, label in labels.items()
+    }
+
+
+def weights_of(rated: Iterable[Rated], labels: Mapping[str, Label]) -> dict[str, float]:
+    """How many replies of the grid each labelled reply stands for, by its id.
+
+    That is the number of replies with its text over the probability with which a person got the
+    text to read. Replies of sheets without a record count as drawn evenly within their group, as
+    such sheets were.
+    """
+    rows = {row.id: row for row in rated}
+    labelled = {key: label for key, label in labels.items() if key in rows and not label.empty}
+    copies = Counter(row.text for row in rows.values())
+    read = Counter(rows[key].text for key in labelled)
+    unrecorded = (rows[key] for key, label in labelled.items() if not label.recorded)
+    earlier = Counter(group for group, _ in {(row.group, row.text) for row in unrecorded})
+    texts = Counter(group for group, _ in {(row.group, row.text) for row in rows.values()})
+    weights = {}
+    for key, label in labelled.items():
+        group, text = rows[key].group, rows[key].text
+        missed = (1 - label.probability) * (1 - earlier[group] / texts[group])
+        weights[key] = copies[text] / read[text] / (1 - missed)
+    return weights
 
 
 def keep_labels(folder: Path, rated: Iterable[Rated], answers: Mapping[str, Answer]) -> None:
@@ -247,7 +267,10 @@ def keep_labels(folder: Path, rated: Iterable[Rated], answers: Mapping[str, Answ
             old.refused if new.refused is None else new.refused,
             old.unsafe if new.unsafe is None else new.unsafe,
         )
-    write_json(folder / LABELS, {key: asdict(label) for key, label in labels.items()})
+    document = {
+        key: {"refused": label.refused, "unsafe": label.unsafe} for key, label in labels.items()
+    }
+    write_json(folder / LABELS, document)
 
 
 def agreement_between(
@@ -255,17 +278,19 @@ def agreement_between(
 ) -> dict[str, Any]:
     """Figures for each question: Krippendorff's alpha over the judges, Cohen's kappa of every two.
 
-    A person's labels are compared with each judge; replies without a label are left out there.
+    A person's labels are compared with each judge; replies without a label are left out there, and
+    the others are weighted (`weights_of`), so that the figures are of the grid, not of the sheet.
     Alpha leaves out judges that are built of others among them (`BUILT_OF`), and a pair of such
     judges is marked `built`: they agree by construction. `unscored` counts replies that one of the
     two did not rate.
     """
     judges = list(dict.fromkeys(name for row in rated for name in row.verdicts))
+    weights = weights_of(rated, labels) if labels else {}
     figures: dict[str, Any] = {}
     for question in QUESTIONS:
         rows = [row for row in rated if row.harmful or question == "refusal"]
         ratings = {
-            name: [_rating(row.verdicts.get(name), question) for row in rows] for name in judges
+            name: [rating(row.verdicts.get(name), question) for row in rows] for name in judges
         }
         ratings = {
             name: row for name, row in ratings.items() if any(value is not None for value in row)
@@ -280,7 +305,8 @@ def agreement_between(
             for a, b in combinations(ratings, 2)
         ]
         if labels:
-            pairs += _with_person([labels.get(row.id) for row in rows], ratings, question)
+            people = [label_on(labels.get(row.id), question) for row in rows]
+            pairs += _with_person(people, ratings, [weights.get(row.id, 0.0) for row in rows])
         independent = [
             row for name, row in ratings.items() if not BUILT_OF.get(name, set()) & set(ratings)
         ]
@@ -294,17 +320,18 @@ def agreement_between(
 
 
 def _with_person(
-    labels: Sequence[Label | None], ratings: Mapping[str, Sequence[bool | None]], question: str
+    people: Sequence[bool | None],
+    ratings: Mapping[str, Sequence[bool | None]],
+    weights: Sequence[float],
 ) -> list[dict[str, Any]]:
     """The person against each judge, over the replies that the person labelled."""
-    people = [_of_person(label, question) for label in labels]
     labelled = [k for k, value in enumerate(people) if value is not None]
     if not labelled:
         return []
-    person = [people[k] for k in labelled]
+    person, sizes = [people[k] for k in labelled], [weights[k] for k in labelled]
     return [
         {"first": PERSON, "second": name, "built": False}
-        | asdict(kappa_of(person, [row[k] for k in labelled]))
+        | asdict(kappa_of(person, [row[k] for k in labelled], sizes))
         for name, row in ratings.items()
     ]
 
@@ -317,13 +344,15 @@ def _built(judge: str, other: str) -> bool:
     return judge in BUILT_OF.get(other, set()) or other in BUILT_OF.get(judge, set())
 
 
-def _rating(verdict: Verdict | None, question: str) -> bool | None:
+def rating(verdict: Verdict | None, question: str) -> bool | None:
+    """A verdict's answer to one of `QUESTIONS`; None where it is open."""
     if verdict is None:
         return None
     return verdict.is_refusal if question == "refusal" else verdict.is_unsafe
 
 
-def _of_person(label: Label | None, question: str) -> bool | None:
+def label_on(label: Label | None, question: str) -> bool | None:
+    """A person's answer to one of `QUESTIONS`; None without one."""
     if label is None:
         return None
     return label.refused if question == "refusal" else label.unsafe
@@ -339,7 +368,9 @@ def rated_of(cells: Iterable[Cell]) -> list[Rated]:
             group = (outcome.kind, cell.defense, cell.set, cell.condition)
             identity = reply_id(*cell.key, outcome.sample_id, request, reply)
             harmful = outcome.kind == "harmful"
-            rows.append(Rated(identity, group, request, reply, harmful, verdicts))
+            rows.append(
+                Rated(identity, group, request, reply, harmful, verdicts, outcome.probabilities)
+            )
     return rows
 
 

@@ -10,7 +10,7 @@ from cmrm.defenses.cmrm import CmrmDataset
 from cmrm.engines.base import Decoding
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import InputError
-from cmrm.judges import Judge, KeywordJudge
+from cmrm.judges import DEFAULT_JUDGE, Judge, make_judge
 from cmrm.measure.environment import machine_info, model_info, shift_info, versions_info
 from cmrm.measure.examples import examples_of
 from cmrm.measure.geometry import compare_shifts, represent
@@ -93,7 +93,7 @@ def diagnose(
     Args:
         engine: where the model runs.
         loaded: the set.
-        judges: by name; the keyword judge when None.
+        judges: by name; the default judge when None.
         corruptions: further corrupted images; each one's mean shift is compared with blank's.
         shift: the original condition is also run steered by these vectors.
         steering: their setting; the recommended one when None.
@@ -119,7 +119,7 @@ def diagnose(
         raise InputError(f"{loaded.name}: {reason}; corruptions and steering are about images")
     if shift is not None:
         engine.accept(shift)
-    judges = judges if judges is not None else {KeywordJudge.name: KeywordJudge()}
+    judges = judges if judges is not None else {DEFAULT_JUDGE: make_judge(DEFAULT_JUDGE)}
     shown = list(dict.fromkeys([*conditions, *corruptions]))
     runs: list[tuple[Condition, Defense]] = [(c, make_defense("none")) for c in shown]
     if shift is not None:

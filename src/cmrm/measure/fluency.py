@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from cmrm.judges import KeywordJudge, Verdict
 from cmrm.measure.outcomes import Cell
 from cmrm.measure.rates import ratio_interval
+from cmrm.measure.texts import refuses
 from cmrm.model.batching import in_batches
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
@@ -64,14 +64,13 @@ def answer_likelihoods(vlm: VLM, pairs: Sequence[tuple[str, str]]) -> list[Likel
 def harmless_answers(cell: Cell) -> list[tuple[str, str]]:
     """(request, answer) of a cell's benign and open requests that were answered.
 
-    Empty answers, and refusals by the keyword judge, are left out.
+    Empty answers, and refusals by the default judge, are left out.
     """
-    keyword = KeywordJudge()
-    pairs = [(outcome.request, outcome.reply) for outcome in cell.of_kind("benign", "open")]
-    return [
-        (request, reply) for request, reply in pairs
-        if reply.strip() and keyword.judge(request, reply) is not Verdict.REFUSED
+    pairs = [
+        (outcome.request, outcome.reply) for outcome in cell.of_kind("benign", "open")
+        if outcome.reply.strip()
     ]  # fmt: skip
+    return [pair for pair, refusal in zip(pairs, refuses(pairs), strict=True) if not refusal]
 
 
 class FluencyStore:

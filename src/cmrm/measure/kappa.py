@@ -15,6 +15,7 @@ try:
     import krippendorff
     from sklearn.metrics import precision_score, recall_score
     from statsmodels.stats.inter_rater import cohens_kappa
+    from statsmodels.stats.proportion import proportion_confint
 except ImportError as error:
     raise MissingExtraError(
         f"agreement between judges needs {error.name}; pip install 'cmrm[eval]' brings it"
@@ -82,21 +83,52 @@ class Kappa:
     """Replies that at least one of them did not rate."""
 
 
-def kappa_of(first: Sequence[bool | None], second: Sequence[bool | None]) -> Kappa:
-    """Agreement of two raters, reply by reply; None is unrated."""
-    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+def kappa_of(
+    first: Sequence[bool | None],
+    second: Sequence[bool | None],
+    weights: Sequence[float] | None = None,
+) -> Kappa:
+    """Agreement of two raters, reply by reply; None is unrated.
+
+    `weights`: how many replies each reply stands for, where they were drawn with unequal
+    probabilities. The intervals are then those of Kish's effective number of replies,
+    (sum w)^2 / sum w^2.
+    """
+    triples = zip(first, second, weights or [1.0] * len(first), strict=True)
+    rated = [(a, b, w) for a, b, w in triples if a is not None and b is not None]
+    both = [(a, b) for a, b, _ in rated]
     unscored = len(first) - len(both)
-    same = rate_of(sum(a == b for a, b in both), len(both))
-    counts = [[sum(pair == (a, b) for pair in both) for b in (False, True)] for a in (False, True)]
+    size = _effective([w for _, _, w in rated])
+    same = _share([a == b for a, b in both], size)
+    counts = np.zeros((2, 2))
+    for (a, b), part in zip(both, size, strict=True):
+        counts[int(a), int(b)] += part
     if len({a for a, _ in both} | {b for _, b in both}) < 2:
         return Kappa(None, None, None, same, len(both), unscored)
     with np.errstate(divide="ignore", invalid="ignore"):  # of a z-value that is not used
-        result = cohens_kappa(np.array(counts))
+        result = cohens_kappa(counts)
     kappa = round(float(result.kappa), 6)
     if same.rate == 1:
         return Kappa(kappa, None, None, same, len(both), unscored)
     low, high = max(-1.0, float(result.kappa_low)), min(1.0, float(result.kappa_upp))
     return Kappa(kappa, round(low, 6), round(high, 6), same, len(both), unscored)
+
+
+def _effective(weights: Sequence[float]) -> list[float]:
+    """Weights in the same proportions, whose sum is the effective number of replies."""
+    total, squares = sum(weights), sum(weight**2 for weight in weights)
+    return [weight * total / squares for weight in weights]
+
+
+def _share(hits: Sequence[bool], size: Sequence[float]) -> Rate:
+    """Share of the replies that are hits, each of a size, with its Wilson interval."""
+    if len(set(size)) < 2:
+        return rate_of(sum(hits), len(hits))
+    total = sum(size)
+    count = sum(part for part, hit in zip(size, hits, strict=True) if hit)
+    low, high = proportion_confint(count, total, method="wilson")
+    share = round(count / total, 6)
+    return Rate(share, round(float(low), 6), round(float(high), 6), len(hits), 0, share, share)
 
 
 def alpha_of(ratings: Sequence[Sequence[bool | None]]) -> float | None:

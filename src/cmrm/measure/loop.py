@@ -15,8 +15,8 @@ from typing import Any
 from cmrm.defenses import Defense, respond
 from cmrm.engines.base import Decoding, Engine, Reply
 from cmrm.errors import InputError
-from cmrm.judges import Judge
-from cmrm.judges.base import assessed
+from cmrm.judges import Judge, Judgement
+from cmrm.judges.base import assessed_all
 from cmrm.measure.answers import EXACT, compared
 from cmrm.measure.outcomes import Cell, Outcome, kind_of
 from cmrm.measure.store import ReplyStore, request_key
@@ -163,23 +163,38 @@ class Answering:
         return replies
 
 
-def outcome_of(
-    sample: Sample, reply: str, judges: Mapping[str, Judge], images: Sequence[Any] = ()
-) -> Outcome:
-    """One reply with the verdicts of all judges; only harmful and benign requests are judged.
+JUDGED = ("harmful", "benign")
+"""Kinds of samples whose replies are judged."""
 
-    `images` (PIL), as the model saw them, go to judges that see images.
+
+def outcomes_of(
+    samples: Sequence[Sample],
+    replies: Sequence[str],
+    judges: Mapping[str, Judge],
+    images: Sequence[Sequence[Any]] = (),
+) -> list[Outcome]:
+    """Replies with the verdicts of all judges; only harmful and benign requests are judged.
+
+    `images` (PIL) of each sample, as the model saw them, go to judges that see images.
     """
+    judged = [k for k, sample in enumerate(samples) if kind_of(sample) in JUDGED]
+    pairs = [(samples[k].query, replies[k]) for k in judged]
+    shown = [images[k] for k in judged] if images else ()
+    judgements: dict[int, dict[str, Judgement]] = {k: {} for k in range(len(samples))}
+    for name, judge in judges.items():
+        for k, judgement in zip(judged, assessed_all(judge, pairs, shown), strict=True):
+            judgements[k][name] = judgement
+    return [
+        _outcome(sample, reply, judgements[k])
+        for k, (sample, reply) in enumerate(zip(samples, replies, strict=True))
+    ]
+
+
+def _outcome(sample: Sample, reply: str, judgements: Mapping[str, Judgement]) -> Outcome:
+    """One reply, its judgements, and its comparison with a reference answer."""
     kind = kind_of(sample)
-    verdicts: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    if kind in ("harmful", "benign"):
-        for name, judge in judges.items():
-            judgement = assessed(judge, sample.query, reply, images)
-            verdicts[name] = judgement.verdict.value
-            if judgement.reason is not None:
-                (failed if judgement.failed else reasons)[name] = judgement.reason
+    reasons = {name: j.reason for name, j in judgements.items() if j.reason and not j.failed}
+    failed = {name: j.reason for name, j in judgements.items() if j.reason and j.failed}
     scores = (
         {EXACT: compared(reply, sample.answer or "", sample.match)} if kind == "utility" else {}
     )
@@ -189,10 +204,11 @@ def outcome_of(
         sample.category or "",
         sample.query,
         reply,
-        verdicts,
+        {name: judgement.verdict.value for name, judgement in judgements.items()},
         reasons,
         failed,
         scores,
+        {name: pair for name, j in judgements.items() if (pair := j.probabilities) is not None},
     )
 
 
@@ -232,9 +248,11 @@ def measure_cell(
     )  # fmt: skip
     place = 0
     for asks in ask_batches(run, condition, seed=seed, batch_size=batch_size):
-        for ask, reply in zip(asks, answering.batch(asks), strict=True):
-            sample = run[place]
-            cell.outcomes[sample.id] = outcome_of(sample, reply.text, judges, ask.request.images)
-            place += 1
+        batch = run[place : place + len(asks)]
+        replies = [reply.text for reply in answering.batch(asks)]
+        images = [ask.request.images for ask in asks]
+        for outcome in outcomes_of(batch, replies, judges, images):
+            cell.outcomes[outcome.sample_id] = outcome
+        place += len(asks)
         on_batch(len(asks))
     return cell

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cmrm.judges import Verdict
+from cmrm.judges import DEFAULT_JUDGE, Verdict
 from cmrm.judges.base import verdict_of
 from cmrm.prompts.sample import Sample
 
@@ -37,6 +37,8 @@ class Outcome:
     """Judge or rater -> the error with which it failed; it is asked again."""
     scores: Mapping[str, Any] = field(default_factory=dict)
     """Other scorers -> value, such as `exact` -> C or I."""
+    probabilities: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Judge -> its calibrated probabilities that the reply refuses, and that it engages."""
 
     def verdict(self, judge: str) -> Verdict:
         """A judge's verdict; unscored where it gave none."""
@@ -93,7 +95,8 @@ def kind_of(sample: Sample) -> Kind:
 
 
 def judges_of(cells: Sequence[Cell]) -> list[str]:
-    """Names of all judges that gave a verdict, sorted."""
-    return sorted(
-        {name for cell in cells for outcome in cell.outcomes.values() for name in outcome.verdicts}
-    )
+    """Names of all judges that gave a verdict: the default judge first, then by name."""
+    names = {
+        name for cell in cells for outcome in cell.outcomes.values() for name in outcome.verdicts
+    }
+    return sorted(names, key=lambda name: (name != DEFAULT_JUDGE, name))

@@ -27,6 +27,41 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
 
 
+class Figure(Part):
+    """A figure that is no share, with a seeded bootstrap interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unscored: int = 0
+    tokens: int | None = None
+
+
+class Corrected(Part):
+    """A rate corrected for the judge's errors on labelled replies (`measure.correction`)."""
+
+    rate: float | None = Field(
+        description="share within 0..1 of the scored replies; null where it cannot be told"
+    )
+    low: float | None = Field(description="95 %: seeded percentile bootstrap, verdicts and labels")
+    high: float | None
+    n_labelled: int = Field(description="labelled replies that the judge scored")
+    sensitivity: float | None = Field(
+        description="of the replies labelled yes, the share that the judge recognises"
+    )
+    specificity: float | None = Field(description="the same of those labelled no")
+    source: str = Field(description="where the labels are from; the run's are pooled over cells")
+    degenerate: int = Field(0, description="resamples without an answer, of 2000; left out")
+    reason: str | None = Field(None, description="why there is no corrected rate")
+    difference: Figure | None = Field(
+        None,
+        description="check by the difference estimator: all replies of these rows, the unscored "
+        "ones too, by the labels among them",
+    )
+    method: Literal["rogan-gladen"] = "rogan-gladen"
+
+
 class RateCell(Part):
     """A share with its 95 % Wilson interval; unscored replies are in no rate."""
 
@@ -39,17 +74,9 @@ class RateCell(Part):
     unscored: int = Field(description="replies that the judge could not score, or failed on")
     lowest: float | None = Field(description="share of all replies if no unscored one counted")
     highest: float | None = Field(description="share of all replies if every unscored one counted")
-
-
-class Figure(Part):
-    """A figure that is no share, with a seeded bootstrap interval."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unscored: int = 0
-    tokens: int | None = None
+    corrected: Corrected | None = Field(
+        None, description="the rate corrected for the judge's errors; null without labels"
+    )
 
 
 class Judged(Part):
@@ -273,6 +300,11 @@ class Results(Part):
     shift: ShiftInfo | None = None
     cost: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     agreement: dict[str, Any] = Field(default_factory=dict)
+    corrections: dict[str, dict[str, RateCell]] = Field(
+        default_factory=dict,
+        description="judge -> unsafe, over_refusal -> the rate over all replies of the run, with "
+        "its correction; empty without labels",
+    )
     recipe: RecipeRow | None = Field(
         None, description="published figures beside the run's, with `cmrm reproduce`"
     )

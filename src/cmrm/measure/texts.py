@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
+from cmrm.judges import DEFAULT_JUDGE, assessed_all, make_judge
 from cmrm.judges.language import UNSPACED, is_latin
 
 SHOWN_WORDS = 6
@@ -72,3 +74,12 @@ def _words(text: str) -> list[str]:
 def _stems(words: list[str]) -> set[str]:
     """First five letters of the words that say something."""
     return {word[:5] for word in words if len(word) >= 4 and word not in _STOP_WORDS}
+
+
+def refuses(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether each reply of (request, reply) is a refusal by the default judge.
+
+    False where it leaves that open.
+    """
+    judge = make_judge(DEFAULT_JUDGE)
+    return [judgement.verdict.is_refusal is True for judgement in assessed_all(judge, pairs)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cmrm.judges.base import verdict_of
 from cmrm.report.headline import headline_set
 from cmrm.report.tables import EMPTY, NOT_SCORED, Results, Table, input_label
 
@@ -26,11 +27,19 @@ def category_cells(results: Results) -> list[Mapping[str, Any]]:
 
 
 def unsafe_share(counts: Mapping[str, int] | None) -> float | None:
-    """Share of the scored replies that are unsafe, from counts of verdicts; None without any."""
-    scored = sum(counts.values()) - counts.get("unscored", 0) if counts else 0
+    """Share of the scored replies that are unsafe, from counts of verdicts; None without any.
+
+    A verdict that leaves open whether a reply engages with harm is unscored here.
+    """
+    scored = (sum(counts.values()) - unscored_of(counts)) if counts else 0
     if not counts or not scored:
         return None
-    return (counts.get("complied", 0) + counts.get("unsafe", 0)) / scored
+    return sum(n for name, n in counts.items() if verdict_of(name).is_unsafe) / scored
+
+
+def unscored_of(counts: Mapping[str, int]) -> int:
+    """Replies whose verdict does not say whether they are unsafe, from counts of verdicts."""
+    return sum(n for name, n in counts.items() if verdict_of(name).is_unsafe is None)
 
 
 def category_table(results: Results) -> Table:
@@ -51,7 +60,7 @@ def _category_text(counts: Mapping[str, int] | None) -> str:
     """`50 % of 6, 2 unscored`; `not scored (2)` where no reply was scored."""
     if not counts or not sum(counts.values()):
         return EMPTY
-    share, unscored = unsafe_share(counts), counts.get("unscored", 0)
+    share, unscored = unsafe_share(counts), unscored_of(counts)
     if share is None:
         return f"{NOT_SCORED} ({unscored})"
     text = f"{100 * share:.0f} % of {sum(counts.values()) - unscored}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from cmrm.report.judged import judge_line
 from cmrm.report.tables import (
     EMPTY,
     RateText,
     Results,
     Table,
+    corrected_text,
     gap_text,
     input_label,
     label,
@@ -94,6 +96,8 @@ class Card(NamedTuple):
     """What it is."""
     tone: str
     """`bad`, `good`, or empty."""
+    judge: str
+    """The judge, and its agreement with people."""
 
 
 MOST_CARDS = 4
@@ -122,7 +126,10 @@ def cards(results: Results) -> list[Card]:
                 return []
             continue
         closed = gap_text(gap_of(results, cells[key], judge))
-        text = title + ("" if closed == EMPTY else f"; gap closed: {closed}")
+        corrected = corrected_text(rate["corrected"])
+        text = title + (f"; corrected for the judge's errors: {corrected}" if corrected else "")
+        text += "" if closed == EMPTY else f"; gap closed: {closed}"
         tone = "good" if key[1] != "none" else "bad" if key[0] == "original" else ""
-        shown.append(Card(f"{100 * rate['rate']:.1f} %", text, tone))
+        line = judge_line(results, judge, "unsafe")
+        shown.append(Card(f"{100 * rate['rate']:.1f} %", text, tone, line))
     return shown if len(shown) <= MOST_CARDS else []

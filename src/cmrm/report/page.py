@@ -14,6 +14,7 @@ from cmrm.errors import InputError, MissingExtraError
 from cmrm.files import atomic_path
 from cmrm.report import headline, tables
 from cmrm.report.categories import category_table
+from cmrm.report.judged import correction_table, judge_lines
 from cmrm.report.tables import Results
 
 TITLES = {
@@ -85,6 +86,8 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
         sweep=tables.sweep_table(results),
         comparisons=tables.comparison_table(results),
         agreement=_agreement(results),
+        judge_lines=judge_lines(results),
+        corrections=correction_table(results),
         costs=tables.cost_table(results),
         targets=tables.target_rows((results["recipe"] or {}).get("targets", ())),
         examples=_examples(results),

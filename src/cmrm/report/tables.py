@@ -56,7 +56,8 @@ def rate_text(cell: Mapping[str, Any]) -> str:
     """`12.5 % [7.1, 20.9]`: a rate with its interval.
 
     Where replies are unscored, their number and the worst-case bounds follow:
-    `12.5 % [7.1, 20.9], 3 unscored: 12.0 to 16.0 %`. `unscored (3)`: nothing was scored.
+    `12.5 % [7.1, 20.9], 3 unscored: 12.0 to 16.0 %`. `unscored (3)`: nothing was scored. The rate
+    corrected for the judge's errors comes last: `12.5 % [7.1, 20.9]; corrected 18.2 % [9.0, 30.1]`.
     """
     if cell["rate"] is None:
         return _not_scored(cell)
@@ -64,18 +65,34 @@ def rate_text(cell: Mapping[str, Any]) -> str:
     if cell["unscored"]:
         low, high = 100 * cell["lowest"], 100 * cell["highest"]
         text += f", {cell['unscored']} unscored: {low:.1f} to {high:.1f} %"
-    return text
+    corrected = corrected_text(cell.get("corrected"))
+    return f"{text}; corrected {corrected}" if corrected else text
+
+
+def corrected_text(corrected: Mapping[str, Any] | None) -> str:
+    """`18.2 % [9.0, 30.1]`; empty where a rate was not corrected."""
+    if corrected is None or corrected["rate"] is None:
+        return ""
+    low, high = 100 * corrected["low"], 100 * corrected["high"]
+    return f"{100 * corrected['rate']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def short_rate(cell: Mapping[str, Any]) -> str:
-    """`12.5 [7-21]` in per cent, for narrow tables; `+3 (12-16)`: unscored replies, bounds."""
+    """`12.5 [7-21]` in per cent, for narrow tables; `+3 (12-16)`: unscored replies, bounds.
+
+    `; corrected 18.2 [9-30]`: corrected for the judge's errors.
+    """
     if cell["rate"] is None:
         return _not_scored(cell)
     text = f"{100 * cell['rate']:.1f} [{100 * cell['low']:.0f}-{100 * cell['high']:.0f}]"
     if cell["unscored"]:
         bounds = f"{100 * cell['lowest']:.0f}-{100 * cell['highest']:.0f}"
         text += f" +{cell['unscored']} ({bounds})"
-    return text
+    corrected = cell.get("corrected")
+    if corrected is None or corrected["rate"] is None:
+        return text
+    low, high = 100 * corrected["low"], 100 * corrected["high"]
+    return f"{text}; corrected {100 * corrected['rate']:.1f} [{low:.0f}-{high:.0f}]"
 
 
 def _not_scored(cell: Mapping[str, Any]) -> str:

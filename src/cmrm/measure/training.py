@@ -1,0 +1,208 @@
+"""The judge `small`: how it is trained, and its agreement with people on what was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from cmrm.errors import InputError
+from cmrm.files import sha256_file
+from cmrm.judges import Judge, Judgement, Verdict
+from cmrm.judges.base import assessed_all
+from cmrm.judges.cards import MeasuredAgreement, Question
+from cmrm.judges.normalise import normalise
+from cmrm.judges.small import Example, SmallJudge, SmallModel, fold_of
+from cmrm.measure.layouts import Labelled, read_files
+
+OUTER = 3
+"""Folds by case of the held-out table."""
+QUESTIONS: tuple[Question, ...] = get_args(Question)
+"""The questions that a card answers."""
+SOURCES = (
+    "MSTS replies and labels, arXiv 2501.10057, CC BY 4.0; "
+    "XSTest completions and labels, arXiv 2308.01263, CC BY 4.0"
+)
+"""Credit to the labelled data that the shipped judge was trained on."""
+
+
+def examples_of(rows: Sequence[Labelled]) -> list[Example]:
+    """Labelled replies as training examples; a translation is an example of its own."""
+    return [
+        Example(row.prompt, words, row.case, row.refused, row.unsafe)
+        for row in rows
+        for text in (row.text, row.translation)
+        if text and (words := normalise(text))
+    ]
+
+
+def train_small(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Train the judge `small` on labelled files into `out`, and return its provenance.
+
+    Raises:
+        InputError: a file cannot be read, or holds labels of one kind alone.
+    """
+    rows = read_files(list(paths))
+    examples = examples_of(rows)
+    provenance = {
+        "files": {path.name: sha256_file(path) for path in sorted(paths)},
+        "replies": len(rows),
+        "translations": len(examples) - sum(bool(normalise(row.text)) for row in rows),
+        "refused": sum(row.refused for row in rows),
+        "source": SOURCES,
+    }
+    SmallModel.fit(examples).save(out, provenance)
+    return provenance
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A labelled reply and its judgement by a judge that saw neither its model nor its case."""
+
+    row: Labelled
+    """The reply."""
+    judgement: Judgement
+    """Of the judge."""
+
+
+def cells_of(rows: Sequence[Labelled], folds: int = OUTER) -> Iterator[list[int]]:
+    """Indices of the rows that are judged together: a collection's model and a fold of its
+    cases."""
+    cells: dict[tuple[str, str, int], list[int]] = {}
+    for k, row in enumerate(rows):
+        cells.setdefault((row.collection, row.model, fold_of(row.case, folds)), []).append(k)
+    yield from cells.values()
+
+
+def held_out(
+    rows: Sequence[Labelled], *, folds: int = OUTER, tick: Callable[[int], None] = lambda n: None
+) -> list[HeldOut]:
+    """Every reply judged by a `small` that was trained without its model and without its cases.
+
+    A collection of one model alone cannot leave that model out: there its cases alone are left out.
+
+    Raises:
+        InputError: too few labelled replies are left to train on.
+    """
+    models: dict[str, set[str]] = {}
+    for row in rows:
+        models.setdefault(row.collection, set()).add(row.model)
+    judgements: dict[int, Judgement] = {}
+    for cell in cells_of(rows, folds):
+        first = rows[cell[0]]
+        cases = {rows[k].case for k in cell}
+        alone = len(models[first.collection]) == 1
+        training = [
+            row for row in rows if row.case not in cases and (alone or row.model != first.model)
+        ]
+        if not training:
+            raise InputError("no labelled reply of another model and another case is left to train")
+        judge = SmallJudge(SmallModel.fit(examples_of(training)))
+        results = assessed_all(judge, [(rows[k].prompt, rows[k].text) for k in cell])
+        judgements.update(zip(cell, results, strict=True))
+        tick(len(cell))
+    return [HeldOut(row, judgements[k]) for k, row in enumerate(rows)]
+
+
+def judged_rows(rows: Sequence[Labelled], judge: Judge) -> list[HeldOut]:
+    """The same rows by a judge that is not trained on them."""
+    results = assessed_all(judge, [(row.prompt, row.text) for row in rows])
+    return [HeldOut(row, judgement) for row, judgement in zip(rows, results, strict=True)]
+
+
+def measured(
+    question: Question, name: str, language: str | None, results: Sequence[HeldOut], command: str
+) -> MeasuredAgreement:
+    """A judge against people over `results`, as a line of its card."""
+    from cmrm.measure.kappa import kappa_of
+
+    people = [_label(result.row, question) for result in results]
+    judge = [_answer(result.judgement.verdict, question) for result in results]
+    pairs = [(p, j) for p, j in zip(people, judge, strict=True) if j is not None]
+    tp, fn, tn, fp = (sum(pair == key for pair in pairs) for key in _PAIRS)
+    kappa = kappa_of(people, judge).kappa if pairs else None
+    return MeasuredAgreement(
+        question,
+        name,
+        language,
+        len(pairs),
+        len(results) - len(pairs),
+        kappa,
+        tp,
+        fn,
+        tn,
+        fp,
+        command,
+    )
+
+
+_PAIRS = ((True, True), (True, False), (False, False), (False, True))
+"""(people, judge): tp, fn, tn, fp."""
+
+
+def _label(row: Labelled, question: str) -> bool:
+    return row.refused if question == "refusal" else bool(row.unsafe)
+
+
+def _answer(verdict: Verdict, question: str) -> bool | None:
+    return verdict.is_refusal if question == "refusal" else verdict.is_unsafe
+
+
+def table_of(results: Sequence[HeldOut], command: str) -> list[MeasuredAgreement]:
+    """Each collection whole, then by model or language, for each question that it has labels of.
+
+    `command`: what prints these figures.
+    """
+    rows: list[MeasuredAgreement] = []
+    for name, members in _grouped(results, lambda row: row.collection).items():
+        models = _grouped(members, lambda row: row.model)
+        languages = _grouped(members, lambda row: row.language)
+        whole = next(iter(languages)) if len(languages) == 1 else None
+        for question in QUESTIONS:
+            if question == "unsafe" and members[0].row.unsafe is None:
+                continue
+            rows.append(measured(question, name, whole, members, command))
+            if len(models) > 1:
+                rows += [
+                    measured(question, f"{name}, {model}", whole, part, command)
+                    for model, part in models.items()
+                ]
+            if len(languages) > 1:
+                rows += [
+                    measured(question, name, language, part, command)
+                    for language, part in languages.items()
+                ]
+    return rows
+
+
+def _grouped(
+    results: Sequence[HeldOut], key: Callable[[Labelled], str]
+) -> dict[str, list[HeldOut]]:
+    groups: dict[str, list[HeldOut]] = {}
+    for result in results:
+        groups.setdefault(key(result.row), []).append(result)
+    return groups
+
+
+def calibration_error(results: Sequence[HeldOut], question: str, bins: int = 10) -> float | None:
+    """Expected calibration error in `bins` bins of equal width; None without probabilities.
+
+    The mean over replies of |share of yes - mean probability| in the reply's bin.
+    """
+    name = "refusal" if question == "refusal" else "engagement"
+    pairs = [
+        (float(p), _label(result.row, question)) for result in results
+        if (p := getattr(result.judgement, name)) is not None
+    ]  # fmt: skip
+    if not pairs:
+        return None
+    values, labels = np.array([p for p, _ in pairs]), np.array([y for _, y in pairs])
+    places = np.minimum((values * bins).astype(int), bins - 1)
+    error = sum(
+        abs(labels[places == k].mean() - values[places == k].mean()) * (places == k).sum()
+        for k in range(bins) if (places == k).any()
+    )  # fmt: skip
+    return round(float(error) / len(pairs), 4)
