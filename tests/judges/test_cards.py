@@ -13,7 +13,7 @@ from cmrm.errors import InputError
 from cmrm.judges.cards import MeasuredAgreement, card_of, cards_from, write_cards
 
 ROW = MeasuredAgreement(
-    "refusal", "msts", None, n=100, unscored=3, kappa=0.8, tp=40, fn=5, tn=50, fp=5,
+    "refusal", "msts", None, None, n=100, unscored=3, kappa=0.8, tp=40, fn=5, tn=50, fp=5,
     command="cmrm judges agree x.csv",
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_figure_is_measured_once(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="two figures for refusal on msts, all languages"):
+    with pytest.raises(InputError, match="two figures for refusal on msts, all models"):
         write_cards(tmp_path / "cards.json", [("small", ROW), ("small", replace(ROW, kappa=0.1))])
     assert not (tmp_path / "cards.json").exists()
 

@@ -112,7 +112,7 @@ def test_counts_against_people() -> None:
         (True, Verdict.UNSCORED, 0.5),
         (False, Verdict.COMPLIED, 0.1),
     )
-    line = measured("refusal", "mine", "english", results, "command")
+    line = measured("refusal", results, "command")
     assert (line.tp, line.fn, line.tn, line.fp) == (1, 1, 2, 1)
     assert (line.n, line.unscored) == (5, 1)
     assert line.kappa == pytest.approx(1 / 6, abs=1e-5)

@@ -26,6 +26,7 @@ RATE: dict[str, Any] = {
 
 def row(question: str, name: str, kappa: float | None = 0.8, **more: Any) -> MeasuredAgreement:
     values: dict[str, Any] = {
+        "model": None,
         "language": None, "n": 100, "unscored": 0, "tp": 40, "fn": 5, "tn": 50, "fp": 5,
         "command": "cmrm judges agree",
     }  # fmt: skip

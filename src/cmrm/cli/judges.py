@@ -106,7 +106,10 @@ def agree(
         c.print_json(agreement) if as_json else _print_agreement(agreement)
         return
     if sheet is not None or validation is not None:
-        raise InputError("--sheet and --validation go with the folder of a `cmrm evaluate`")
+        raise InputError(
+            f"{'--validation' if sheet is None else '--sheet'} goes with the folder of a `cmrm "
+            "evaluate`"
+        )
     if cards is not None and not held_out:
         raise InputError("--cards goes with --held-out: a card holds no figures of training data")
     from cmrm.judges import DEFAULT_JUDGE
@@ -253,7 +256,7 @@ def _print_measured(judge: str, row: MeasuredAgreement, as_json: bool) -> None:
     kappa = "not defined" if row.kappa is None else f"{row.kappa:.3f}"
     precision = f"{row.tp / (row.tp + row.fp):.3f}" if row.tp + row.fp else "-"
     recall = f"{row.tp / (row.tp + row.fn):.3f}" if row.tp + row.fn else "-"
-    place = row.set if row.language is None else f"{row.set}, {row.language}"
+    place = ", ".join(filter(None, (row.set, row.model, row.language)))
     typer.echo(
         f"{judge:9s} {row.question:8s} {place:58s} kappa {kappa}  precision {precision}  "
         f"recall {recall}  n {row.n}  unscored {row.unscored}"

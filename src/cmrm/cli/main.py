@@ -17,6 +17,7 @@ from cmrm.cli.extract import extract
 from cmrm.cli.families import families
 from cmrm.cli.generate import generate
 from cmrm.cli.inspect import inspect
+from cmrm.cli.judge import judge
 from cmrm.cli.judges import app as judges_app
 from cmrm.cli.reproduce import reproduce
 from cmrm.cli.rescore import rescore
@@ -32,8 +33,8 @@ app = typer.Typer(
 )
 app.add_typer(demo_app, name="demo")
 for command in (
-    diagnose, extract, generate, evaluate, rescore, reproduce, inspect, check, sets, defenses,
-    families,
+    judge, diagnose, extract, generate, evaluate, rescore, reproduce, inspect, check, sets,
+    defenses, families,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")

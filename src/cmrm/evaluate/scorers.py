@@ -84,7 +84,7 @@ def verdict_scorer(name: str) -> Any:
             images = shown_images(state) if getattr(judge, "sees_images", False) else ()
             judgement = await to_thread.run_sync(
                 judged, judge, str(state.metadata.get("request", "")), reply, images,
-                limiter=_one_at_a_time(),
+                limiter=_limiter(judge),
             )  # fmt: skip
             return _judged_score(judgement, reply)
 
@@ -118,16 +118,22 @@ def judged(judge: Judge, request: str, reply: str, images: Sequence[str] = ()) -
     return assessed(judge, request, reply, pictures)
 
 
-_LIMITER: RunVar[CapacityLimiter] = RunVar("cmrm_judging")
+_LIMITERS: RunVar[dict[str, CapacityLimiter]] = RunVar("cmrm_judging")
 
 
-def _one_at_a_time() -> CapacityLimiter:
-    """Judges work beside the event loop, one after the other: a guard serves one thread."""
+def _limiter(judge: Judge) -> CapacityLimiter:
+    """Judges work beside the event loop: those without an attribute `parallel` one after the other
+    (a guard serves one thread), an endpoint in `parallel` threads of its own."""
     try:
-        return _LIMITER.get()
+        limiters = _LIMITERS.get()
     except LookupError:
-        _LIMITER.set(CapacityLimiter(1))
-        return _LIMITER.get()
+        limiters = {}
+        _LIMITERS.set(limiters)
+    parallel = getattr(judge, "parallel", None)
+    name = "" if parallel is None else judge.name
+    if name not in limiters:
+        limiters[name] = CapacityLimiter(parallel or 1)
+    return limiters[name]
 
 
 @scorer(metrics=[share("utility", CORRECT)], name=COMPARISON)
@@ -195,7 +201,7 @@ def rating_scorer(name: str) -> Any:
                 return Score(value=NOT_ASKED)
             texts = (str(values.get("request", "")), str(values.get("context", "")), target.text)
             reply = state.output.completion
-            return await to_thread.run_sync(rate, *texts, reply, limiter=_one_at_a_time())
+            return await to_thread.run_sync(rate, *texts, reply, limiter=_limiter(judge))
 
         return score
 

@@ -27,8 +27,10 @@ class MeasuredAgreement:
     """What was asked of each reply."""
     set: str
     """Name of the set of labelled replies."""
+    model: str | None
+    """Model whose replies they are; None: all of the set's."""
     language: str | None
-    """Language of the replies; None: all of the set's."""
+    """Language of the replies; None: several."""
     n: int
     """Replies that the judge scored."""
     unscored: int
@@ -110,17 +112,17 @@ def write_cards(path: Path, rows: Iterable[tuple[str, MeasuredAgreement]]) -> No
         rows: judge and agreement.
 
     Raises:
-        InputError: two rows of a judge are about the same question, set and language, or the file
-            cannot be written.
+        InputError: two rows of a judge are about the same question, set, model and language, or the
+            file cannot be written.
     """
     document: dict[str, list[Mapping[str, Any]]] = {}
     keys = set()
     for judge, row in rows:
-        key = (judge, row.question, row.set, row.language)
+        key = (judge, row.question, row.set, row.model, row.language)
         if key in keys:
             raise InputError(
                 f"the card of {judge} would have two figures for {row.question} on {row.set}, "
-                f"{row.language or 'all languages'}; measure each once"
+                f"{row.model or 'all models'}, {row.language or 'all languages'}; measure each once"
             )
         keys.add(key)
         document.setdefault(judge, []).append(asdict(row))

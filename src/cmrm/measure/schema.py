@@ -1,7 +1,7 @@
-"""The one family of results: what `demo`, `diagnose` and `evaluate` write as `results.json`.
+"""The one family of results, written as `results.json`.
 
-All three share `Results`; each adds what it alone measures. `docs/results-schema.json` is made of
-these classes (`python -m cmrm.measure.schema`).
+`demo`, `diagnose`, `evaluate` and `judge` share `Results`; each adds what it alone measures.
+`docs/results-schema.json` is made of these classes (`python -m cmrm.measure.schema`).
 """
 
 from __future__ import annotations
@@ -273,11 +273,20 @@ class RecipeRow(Part):
     targets: list[TargetRow]
 
 
+class GroupRow(Part):
+    """Rates of a part of judged replies."""
+
+    by: Literal["all", "model", "category", "language"]
+    name: str
+    n: int = Field(description="replies, judged or not")
+    judges: dict[str, Judged]
+
+
 class Results(Part):
     """What every kind of results holds."""
 
     schema_: Literal["cmrm-results/2"] = Field(SCHEMA, alias="schema")
-    kind: Literal["demo", "diagnosis", "evaluation"]
+    kind: Literal["demo", "diagnosis", "evaluation", "replies"]
     model: ModelInfo
     sets: list[Data]
     judges: list[str]
@@ -304,6 +313,9 @@ class Results(Part):
         default_factory=dict,
         description="judge -> unsafe, over_refusal -> the rate over all replies of the run, with "
         "its correction; empty without labels",
+    )
+    groups: list[GroupRow] = Field(
+        default_factory=list, description="of replies that somebody else generated"
     )
     recipe: RecipeRow | None = Field(
         None, description="published figures beside the run's, with `cmrm reproduce`"

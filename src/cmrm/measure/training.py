@@ -114,23 +114,27 @@ def judged_rows(rows: Sequence[Labelled], judge: Judge) -> list[HeldOut]:
 
 
 def measured(
-    question: Question, name: str, language: str | None, results: Sequence[HeldOut], command: str
+    question: Question, results: Sequence[HeldOut], command: str, *, model: str | None = None
 ) -> MeasuredAgreement:
-    """A judge against people over `results`, as a line of its card."""
+    """A judge against people over `results` of one collection, as a line of its card.
+
+    `model`: whose replies they are, where the line is about one of several.
+    """
     from cmrm.measure.kappa import kappa_of
 
     people = [_label(result.row, question) for result in results]
     judge = [_answer(result.judgement.verdict, question) for result in results]
     pairs = [(p, j) for p, j in zip(people, judge, strict=True) if j is not None]
     tp, fn, tn, fp = (sum(pair == key for pair in pairs) for key in _PAIRS)
-    kappa = kappa_of(people, judge).kappa if pairs else None
+    languages = {result.row.language for result in results}
     return MeasuredAgreement(
         question,
-        name,
-        language,
+        results[0].row.collection,
+        model,
+        languages.pop() if len(languages) == 1 else None,
         len(pairs),
         len(results) - len(pairs),
-        kappa,
+        kappa_of(people, judge).kappa if pairs else None,
         tp,
         fn,
         tn,
@@ -157,24 +161,17 @@ def table_of(results: Sequence[HeldOut], command: str) -> list[MeasuredAgreement
     `command`: what prints these figures.
     """
     rows: list[MeasuredAgreement] = []
-    for name, members in _grouped(results, lambda row: row.collection).items():
+    for members in _grouped(results, lambda row: row.collection).values():
         models = _grouped(members, lambda row: row.model)
         languages = _grouped(members, lambda row: row.language)
-        whole = next(iter(languages)) if len(languages) == 1 else None
         for question in QUESTIONS:
             if question == "unsafe" and members[0].row.unsafe is None:
                 continue
-            rows.append(measured(question, name, whole, members, command))
+            rows.append(measured(question, members, command))
             if len(models) > 1:
-                rows += [
-                    measured(question, f"{name}, {model}", whole, part, command)
-                    for model, part in models.items()
-                ]
+                rows += [measured(question, part, command, model=m) for m, part in models.items()]
             if len(languages) > 1:
-                rows += [
-                    measured(question, name, language, part, command)
-                    for language, part in languages.items()
-                ]
+                rows += [measured(question, part, command) for part in languages.values()]
     return rows
 
 

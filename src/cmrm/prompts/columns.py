@@ -19,8 +19,10 @@ FIELDS = (
 """What a column can be mapped to; `query` alone must be there."""
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
+def parse_columns(text: str | None, fields: Sequence[str] = FIELDS) -> dict[str, str]:
     r"""`query=instruction,image=img` as a dict field -> column.
+
+    `fields`: what a column can be mapped to.
 
     A comma in a column's name is quoted (`query="text, in full"`) or escaped (`query=text\, etc`).
 
@@ -39,14 +41,14 @@ def parse_columns(text: str | None) -> dict[str, str]:
         field, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
             problem = f"{shortened(part)!r} is no field=column"
-        elif field not in FIELDS:
+        elif field not in fields:
             problem = f"there is no field {shortened(field)!r}"
         elif field in columns:
             raise InputError(f"column map: the field {field!r} is named twice")
         else:
             columns[field] = column
             continue
-        raise InputError(f"column map: {problem}; the fields are {', '.join(FIELDS)}")
+        raise InputError(f"column map: {problem}; the fields are {', '.join(fields)}")
     return columns
 
 

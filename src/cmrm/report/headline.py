@@ -106,11 +106,14 @@ MOST_CARDS = 4
 def cards(results: Results) -> list[Card]:
     """Unsafe rates of the headline set by the first judge: as text, with image, with defences.
 
-    Empty where the set was not asked as text and with its image.
+    Of replies that somebody else generated: unsafe rate and over-refusal of all. Empty where the
+    set was not asked as text and with its image.
     """
     if not results["judges"]:
         return []
     judge = results["judges"][0]
+    if results["groups"]:
+        return _cards_of_replies(results, judge)
     cells = {(c["condition"], c["defense"]): c for c in headline_cells(results)}
     titles = {("query", "none"): "unsafe as text", ("original", "none"): "unsafe with their image"}
     titles |= {
@@ -133,3 +136,19 @@ def cards(results: Results) -> list[Card]:
         line = judge_line(results, judge, "unsafe")
         shown.append(Card(f"{100 * rate['rate']:.1f} %", text, tone, line))
     return shown if len(shown) <= MOST_CARDS else []
+
+
+def _cards_of_replies(results: Results, judge: str) -> list[Card]:
+    """Unsafe rate and over-refusal of all given replies."""
+    rates = results["groups"][0]["judges"].get(judge, {})
+    shown = []
+    for outcome, title, tone in (
+        ("unsafe", "unsafe: harmful requests that were engaged with", "bad"),
+        ("over_refusal", "over-refusal: benign requests that were refused", ""),
+    ):
+        rate = rates.get(outcome)
+        if rate is not None and rate["rate"] is not None:
+            question = "unsafe" if outcome == "unsafe" else "refusal"
+            line = judge_line(results, judge, question)
+            shown.append(Card(f"{100 * rate['rate']:.1f} %", f"{title}, n {rate['n']}", tone, line))
+    return shown

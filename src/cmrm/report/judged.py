@@ -44,8 +44,10 @@ def judge_lines(results: Results) -> list[str]:
 
 
 def _whole_sets(card: Sequence[MeasuredAgreement]) -> list[MeasuredAgreement]:
-    """Agreements over all languages of a set; those of single languages where there are none."""
-    return [row for row in card if row.language is None] or list(card)
+    """Agreements over all models and languages of a set; of its parts where there are none."""
+    whole = [row for row in card if row.model is None] or list(card)
+    several = {row.set for row in whole if row.language is None}
+    return [row for row in whole if row.language is None or row.set not in several]
 
 
 def _of_question(

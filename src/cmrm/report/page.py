@@ -21,6 +21,7 @@ TITLES = {
     "demo": "What an image costs in safety, and what CMRM gives back",
     "diagnosis": "What an image costs {model}",
     "evaluation": "{model} under several defences",
+    "replies": "How safe the replies of {model} are",
 }
 
 _FIGURE = re.compile(r"\S+(?: %| points)? \[[^\]]*\]|\S+ %")
@@ -79,6 +80,7 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
         figures=drawn,
         headline=_headline(results),
         gap_points=_gap_points(results),
+        groups=tables.group_table(results),
         outcomes=tables.outcome_table(results),
         cells=tables.cell_table(results),
         gaps=tables.gap_table(results),
@@ -106,8 +108,8 @@ def _tied(cell: str) -> str:
 
 
 def _headline(results: Results) -> tables.Table:
-    """The table of conditions; empty for evaluations, whose sets have a table of their own."""
-    if results["kind"] == "evaluation":
+    """The table of conditions; empty where the results have a table of their own."""
+    if results["kind"] in ("evaluation", "replies"):
         return tables.Table([], [])
     return headline.headline_table(results)
 

@@ -263,3 +263,25 @@ def without_empty(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
         if not rows or any(row[place] != EMPTY for row in rows)
     ]
     return Table([columns[k] for k in shown], [[row[k] for k in shown] for row in rows])
+
+
+GROUPS = {"all": "", "model": "model", "category": "category", "language": "language"}
+"""Words for what groups of given replies have in common."""
+
+
+def group_table(results: Results, text: RateText = rate_text) -> Table:
+    """A row for each group of replies that somebody else generated, by each judge."""
+    judges = results["judges"]
+    columns = ["replies", "n"]
+    for name in ("unsafe rate", "over-refusal"):
+        columns += [name if len(judges) == 1 else f"{name} ({judge})" for judge in judges]
+    rows = []
+    for group in results["groups"]:
+        by = GROUPS[group["by"]]
+        rows.append([
+            f"{by} {group['name']}".strip(),
+            str(group["n"]),
+            *(or_dash(group["judges"][judge]["unsafe"], text) for judge in judges),
+            *(or_dash(group["judges"][judge]["over_refusal"], text) for judge in judges),
+        ])  # fmt: skip
+    return without_empty(columns, rows)
