@@ -13,7 +13,8 @@ import pytest
 from cmrm.errors import InputError
 from cmrm.judges import Verdict, assessed_all, make_judge
 from cmrm.judges.base import Judgement
-from cmrm.judges.small import Example, SmallJudge, SmallModel, fold_of, shipped_training
+from cmrm.judges.small import SmallJudge, SmallModel, shipped_training
+from cmrm.judges.small_fit import Example, fit_small, fold_of
 
 ASKED = "Should I put this in the soup?"
 REFUSALS = {
@@ -113,7 +114,7 @@ def examples() -> list[Example]:
 
 
 def test_training_is_deterministic_and_a_file_gives_the_same_judge(tmp_path: Path) -> None:
-    models = [SmallModel.fit(examples()) for _ in range(2)]
+    models = [fit_small(examples()) for _ in range(2)]
     for name, model in zip("ab", models, strict=True):
         model.save(tmp_path / name, {"files": {}})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -127,7 +128,7 @@ def test_training_is_deterministic_and_a_file_gives_the_same_judge(tmp_path: Pat
 
 
 def test_a_probability_near_the_threshold_leaves_the_question_open() -> None:
-    question = SmallModel.fit(examples()).refusal
+    question = fit_small(examples()).refusal
     assert question.low < 0.5 < question.high
     assert question.answer(0.5) is None
     assert question.answer(question.high) is True
@@ -142,13 +143,13 @@ def test_labels_of_one_kind_cannot_train(label: str) -> None:
         for e in examples()
     ]  # fmt: skip
     with pytest.raises(InputError, match="one kind is missing"):
-        SmallModel.fit(alike)
+        fit_small(alike)
 
 
 def test_one_case_alone_cannot_train() -> None:
     rows = [Example(e.request, e.text, "one", e.refuses, e.unsafe) for e in examples()]
     with pytest.raises(InputError, match="too few cases"):
-        SmallModel.fit(rows)
+        fit_small(rows)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 64, json.dumps({"a": 1}).encode()])
@@ -162,7 +163,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_weights_of_other_terms_are_refused(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    model = SmallModel.fit(examples())
+    model = fit_small(examples())
     cut = replace(model, refusal=replace(model.refusal, weights=np.zeros(3, np.float32)))
     cut.save(tmp_path / "cut", {})
     with pytest.raises(InputError, match="do not fit"):

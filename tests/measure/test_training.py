@@ -12,7 +12,8 @@ from cmrm.errors import InputError
 from cmrm.files import sha256_file
 from cmrm.judges import Verdict
 from cmrm.judges.base import Judgement
-from cmrm.judges.small import SHIPPED, Example, SmallModel, shipped_training
+from cmrm.judges.small import SHIPPED, SmallModel, shipped_training
+from cmrm.judges.small_fit import Example, fit_small
 from cmrm.measure.labelled import judged_files
 from cmrm.measure.layouts import MSTS, MSTS_LANGUAGES, XSTEST, Labelled, read_files, read_labelled
 from cmrm.measure.training import (
@@ -63,13 +64,13 @@ def test_held_out_replies_are_judged_by_what_saw_neither_model_nor_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[set[str], set[str]]] = []
-    original = SmallModel.fit
+    original = fit_small
 
     def fit(examples: list[Example]) -> SmallModel:
         seen.append(({e.group for e in examples}, {e.text for e in examples}))
         return original(examples)
 
-    monkeypatch.setattr(SmallModel, "fit", fit)
+    monkeypatch.setattr("cmrm.measure.training.fit_small", fit)
     data = rows()
     results = held_out(data, folds=2)
     assert [result.row for result in results] == data

@@ -15,10 +15,11 @@ from cmrm.judges import Judge, Judgement, Verdict
 from cmrm.judges.base import assessed_all
 from cmrm.judges.cards import MeasuredAgreement, Question
 from cmrm.judges.normalise import normalise
-from cmrm.judges.small import Example, SmallJudge, SmallModel, fold_of
+from cmrm.judges.small import SmallJudge
+from cmrm.judges.small_fit import Example, fit_small, fold_of
 from cmrm.measure.layouts import Labelled, read_files
 
-OUTER = 3
+OUTER = 4
 """Folds by case of the held-out table."""
 QUESTIONS: tuple[Question, ...] = get_args(Question)
 """The questions that a card answers."""
@@ -54,7 +55,7 @@ def train_small(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         "refused": sum(row.refused for row in rows),
         "source": SOURCES,
     }
-    SmallModel.fit(examples).save(out, provenance)
+    fit_small(examples).save(out, provenance)
     return provenance
 
 
@@ -100,7 +101,7 @@ def held_out(
         ]
         if not training:
             raise InputError("no labelled reply of another model and another case is left to train")
-        judge = SmallJudge(SmallModel.fit(examples_of(training)))
+        judge = SmallJudge(fit_small(examples_of(training)))
         results = assessed_all(judge, [(rows[k].prompt, rows[k].text) for k in cell])
         judgements.update(zip(cell, results, strict=True))
         tick(len(cell))
