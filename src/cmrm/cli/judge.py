@@ -77,6 +77,7 @@ def judge(
     replies = read_reply_files(files, reading)
     asked = sum(reply.kind in ASKED for reply in replies)
     made = {name: make_judge(name) for name in names}
+    c.warn_of_training(made, files)
     store = None if out is None else TextStore(out / "verdicts.db")
     with c.progress(asked * len(made)) as (say, tick):
         say("judging")

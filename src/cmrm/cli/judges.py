@@ -268,17 +268,10 @@ def _agree_on_files(
 ) -> None:
     from cmrm.judges import make_judge
     from cmrm.measure.agreement import agreement_on_files
-    from cmrm.measure.labelled import agreement_of_files, judged_files, trained_on
+    from cmrm.measure.labelled import agreement_of_files, judged_files
 
     judges = {name: make_judge(name) for name in names}
-    for name, judge in judges.items():
-        known = trained_on(judge, files)
-        if known:
-            typer.echo(
-                f"{name} was trained on {', '.join(known)}: its agreement there is flattered; "
-                "--held-out measures what it was not trained on",
-                err=True,
-            )
+    c.warn_of_training(judges, files)
     failures: list[str] = []
     completions = judged_files(files, judges, layout=layout, failed=failures.append)
     if failures:

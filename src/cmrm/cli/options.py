@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cmrm.judges import Judge
     from cmrm.model.vlm import VLM
     from cmrm.prompts import Loaded
     from cmrm.steering.setting import Steering
@@ -294,6 +295,20 @@ def print_judges(results: Mapping[str, Any]) -> None:
 
     for line in judge_lines(results):
         typer.echo(f"judged by {line}")
+
+
+def warn_of_training(judges: Mapping[str, Judge], files: Sequence[Path]) -> None:
+    """Say on stderr which judges were trained on which of the files."""
+    from cmrm.measure.labelled import trained_on
+
+    for name, judge in judges.items():
+        known = trained_on(judge, files)
+        if known:
+            typer.echo(
+                f"{name} was trained on {', '.join(known)}: its figures there are flattered; "
+                "`cmrm judges agree --held-out` measures what it was not trained on",
+                err=True,
+            )
 
 
 def progress_bar(console: Any) -> Any:
