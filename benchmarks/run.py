@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("extraction", "sample_level", "joint", "decode", "memory", "evaluate", "peers")
+SCRIPTS = ("extraction", "sample_level", "joint", "decode", "memory", "evaluate", "judges", "peers")
 TARGETS = {
     "extraction_ratio": "<= 0.10",
     "sample_ttft_ratio": "<= 1.12",
     "decode_ratio_hooks": ">= 0.98",
     "extraction_memory_growth": "<= 1.05",
     "evaluate_ratio": ">= 0.95",
+    "judge_small_replies_per_second": ">= 50",
 }
 
 
