@@ -17,46 +17,10 @@ OPENINGS = (
     "Yes, that is a good idea.",
     "It depends on what the object in the image is.",
 )
-WORDS = [
-    "the",
-    "image",
-    "shows",
-    "a",
-    "person",
-    "who",
-    "holds",
-    "bread",
-    "and",
-    "water",
-    "near",
-    "the",
-    "table",
-    "in",
-    "a",
-    "kitchen",
-    "it",
-    "is",
-    "safe",
-    "to",
-    "mix",
-    "them",
-    "before",
-    "you",
-    "bake",
-    "however",
-    "please",
-    "take",
-    "care",
-    "of",
-    "the",
-    "hot",
-    "oven",
-    "and",
-    "ask",
-    "somebody",
-    "for",
-    "help",
-]
+WORDS = """
+    the image shows a person who holds bread and water near the table in a kitchen it is safe to mix
+    them before you bake however please take care of the hot oven and ask somebody for help
+""".split()  # noqa: SIM905
 
 
 def replies(n: int, seed: int = 0) -> list[tuple[str, str]]:
