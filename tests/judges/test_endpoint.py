@@ -2,80 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytest.importorskip("openai", reason="endpoints need the extra `eval`")
+
 from cmrm.errors import CmrmError
 from cmrm.judges import Verdict, assessed, safely
-from cmrm.judges.endpoint import LONGEST_WAIT, EndpointJudge
+from cmrm.judges.endpoint import LONGEST_WAIT
 from cmrm.judges.rubrics import THINKING_TOKENS
-
-NO_MAX_TOKENS = (
-    "Unsupported parameter: 'max_tokens' is not supported with this model. "
-    "Use 'max_completion_tokens' instead."
+from judges.endpoints import (
+    NO_MAX_TOKENS,
+    NO_TEMPERATURE,
+    Endpoint,
+    Error,
+    Raw,
+    choice,
+    judge_at,
+    rows,
+    serving,
 )
-NO_TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model."
-
-
-class Error:
-    """An answer with a status, an error message and headers."""
-
-    def __init__(self, status: int, message: str = "not now", **headers: str) -> None:
-        self.status, self.message, self.headers = status, message, headers
-
-
-def choice(content: Any, finish: str = "stop", **message: Any) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": content, **message}, "finish_reason": finish}]}
-
-
-class Endpoint:
-    """A server that answers each request by `plan`: an error, a document, or the content of one."""
-
-    def __init__(self) -> None:
-        self.plan: list[Any] | Callable[[dict[str, Any]], Any] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append({"path": self.path, **body})
-                outer.keys.append(str(self.headers["Authorization"]))
-                step = outer.plan(body) if callable(outer.plan) else outer.plan.pop(0)
-                error = step if isinstance(step, Error) else None
-                self.send_response(error.status if error else 200)
-                for name, value in (error.headers if error else {}).items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
-                if error:
-                    document: Any = {"error": {"message": error.message}}
-                else:
-                    document = step if isinstance(step, dict) else choice(step)
-                self.wfile.write(json.dumps(document).encode())
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    server = Endpoint()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -84,11 +43,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds: list[float] = []
     monkeypatch.setattr("cmrm.judges.endpoint.time.sleep", seconds.append)
     return seconds
-
-
-def judge_at(url: str, tmp_path: Path, **options: Any) -> EndpointJudge:
-    settings: dict[str, Any] = {"key": "secret", "wait": 0.0, **options}
-    return EndpointJudge("judge-1", url, cache=tmp_path / "judge.db", **settings)
 
 
 def test_a_reply_is_asked_about_once(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -174,6 +128,8 @@ def test_what_is_not_the_answer_is_not_read(
         (choice(None), "is empty"),
         (choice("It depends."), "not of the requested form: 'It depends.'"),
         (choice("", "content_filter"), "content filter"),
+        (choice("SAF", "content_filter: PROHIBITED_CONTENT"), "content filter"),
+        (choice(None, "SAFETY"), "content filter"),
         (choice(None, refusal="I'm sorry"), "refuses to judge"),
     ],
 )
@@ -211,17 +167,10 @@ def test_an_old_answer_that_cannot_be_read_is_asked_again(
     judge = judge_at(endpoint.url, tmp_path)
     judge.judge("How?", "a")
     store = judge._answers
-    keys = [row[0] for row in _rows(tmp_path)]
+    keys = [row[0] for row in rows(tmp_path)]
     store.put(dict.fromkeys(keys, "half an ans"))
     endpoint.plan = ["UNSAFE"]
     assert judge_at(endpoint.url, tmp_path).judge("How?", "a") is Verdict.UNSAFE
-
-
-def _rows(tmp_path: Path) -> list[tuple[str]]:
-    import sqlite3
-
-    with sqlite3.connect(tmp_path / "judge.db") as connection:
-        return connection.execute("SELECT key FROM texts").fetchall()
 
 
 def test_a_busy_endpoint_is_asked_again(
@@ -304,6 +253,117 @@ def test_ratings_are_cached_though_they_are_cut(endpoint: Endpoint, tmp_path: Pa
     assert "[Question]\nWhat is {reply}?\n" in question
     assert question.index("A brown dog.") < question.index("[Assistant 2]\nA dog.")
     assert judge.rate("q", "c", "r", "d") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Error(400, {"message": "filtered", "code": "content_filter"}), "filter .* filtered"),
+        (Error(400, {"message": "flagged", "code": "invalid_prompt"}), "filter .* flagged"),
+        (
+            Error(400, "This model's maximum context length is 4096 tokens."),
+            "longer than what judge-1 reads",
+        ),
+        (Error(400, {"message": "no", "code": "context_length_exceeded"}), "longer than what"),
+        (Error(413, "the request exceeds the available context size"), "longer than what"),
+    ],
+)
+def test_what_is_never_judged_is_unscored_and_no_failure(
+    endpoint: Endpoint, tmp_path: Path, error: Error, reason: str
+) -> None:
+    endpoint.plan = lambda body: error
+    judgement = assessed(judge_at(endpoint.url, tmp_path), "How?", "No.")
+    assert judgement.verdict is Verdict.UNSCORED
+    assert re.search(reason, str(judgement.reason))
+    assert not judgement.failed, "asking again would bring the same"
+    assert len(endpoint.bodies) == 1
+    assert rows(tmp_path) == []
+
+
+def test_a_spent_quota_is_not_waited_for(endpoint: Endpoint, tmp_path: Path) -> None:
+    spent = {"message": "You exceeded your quota", "code": "insufficient_quota"}
+    endpoint.plan = lambda body: Error(429, spent)
+    judgement = assessed(judge_at(endpoint.url, tmp_path), "How?", "No.")
+    assert judgement.failed
+    assert "no quota left" in str(judgement.reason)
+    assert len(endpoint.bodies) == 1
+
+
+def test_a_model_that_needs_a_larger_budget_may_say_so(endpoint: Endpoint, tmp_path: Path) -> None:
+    limit = "Could not finish the message because max_tokens or model output limit was reached."
+    endpoint.plan = lambda body: Error(400, limit) if body["max_tokens"] < 500 else "UNSAFE"
+    assert judge_at(endpoint.url, tmp_path).judge("How?", "a") is Verdict.UNSAFE
+    assert [body["max_tokens"] for body in endpoint.bodies] == [8, THINKING_TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (None, "no connection (Server disconnected"),
+        (Raw(b'{"choices": [', 500), "no connection ("),
+        (Raw(b"<html>\nWelcome</html>"), "is no JSON; does the address end as it has to (/v1)?"),
+        (Raw(b"\xff\xfe"), "is no JSON"),
+        (Raw(b""), "is no JSON"),
+        (Raw(b"<html>Bad\ngateway</html>", status=502), "status 502: <html>Bad gateway</html>"),
+        (Raw(b"{}"), "another form: {}"),
+        (Raw(b"[]"), "another form: []"),
+        (Raw(b"null"), "another form: null"),
+        (Raw(b'{"detail": "not yet"}', status=503), "status 503: not yet"),
+        ({"error": {"message": "upstream is busy", "code": 502}}, "it sent an error:"),
+        ({"choices": [{"message": None}]}, "another form"),
+    ],
+)
+def test_a_broken_answer_is_asked_for_again(
+    endpoint: Endpoint, tmp_path: Path, step: Any, reason: str
+) -> None:
+    endpoint.plan = lambda body: step
+    judge = judge_at(endpoint.url, tmp_path, tries=2)
+    judgement = assessed(judge, "How?", "a")
+    assert judgement.failed
+    assert reason in str(judgement.reason)
+    assert "\n" not in str(judgement.reason)
+    assert len(endpoint.bodies) == 2
+    endpoint.plan = [step, "SAFE"]
+    assert judge.judge("How?", "a") is Verdict.SAFE
+
+
+def test_a_slow_answer_is_not_waited_for(endpoint: Endpoint, tmp_path: Path) -> None:
+    done = threading.Event()
+    endpoint.plan = lambda body: "SAFE" if done.wait(30) else ""
+    judgement = assessed(judge_at(endpoint.url, tmp_path, timeout=0.3, tries=1), "How?", "a")
+    done.set()
+    assert judgement.failed
+    assert "no answer within 0.3 s" in str(judgement.reason)
+
+
+def test_a_local_server_needs_no_key(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    endpoint.plan = ["SAFE", Error(401, "no key")]
+    judge = judge_at(endpoint.url, tmp_path, key=None)
+    assert judge.judge("How?", "a") is Verdict.SAFE
+    assert endpoint.keys == [None]
+    with pytest.raises(CmrmError, match="wants a key; set OPENAI_API_KEY"):
+        judge.judge("How?", "b")
+
+
+def test_a_key_that_an_endpoint_repeats_is_not_shown(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.plan = lambda body: Error(401, "Incorrect key: secret-key-1")
+    judgement = assessed(judge_at(endpoint.url, tmp_path, key="secret-key-1"), "How?", "a")
+    assert "does not take the key" in str(judgement.reason)
+    assert "secret" not in str(judgement.reason)
+
+
+def test_half_a_character_can_be_asked_about(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.plan = ["SAFE"]
+    assert judge_at(endpoint.url, tmp_path).judge("How?", "so \ud83d") is Verdict.SAFE
+
+
+def test_a_wait_in_milliseconds(endpoint: Endpoint, tmp_path: Path, pauses: list[float]) -> None:
+    endpoint.plan = [Error(429, retry_after_ms="2500", Retry_After="9"), "SAFE"]
+    judge_at(endpoint.url, tmp_path).judge("How?", "a")
+    assert pauses[0] == 2.5
 
 
 def test_the_cap_holds(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from cmrm.errors import InputError, ModelError
+pytest.importorskip("openai", reason="endpoints need the extra `eval`")
+
+from cmrm.errors import InputError, MissingExtraError, ModelError
 from cmrm.judges import KeywordJudge, judge_maker, judge_model, judge_names, make_judge
 from cmrm.judges.endpoint import EndpointJudge
 from cmrm.judges.local import ChatJudge, chat_source
@@ -57,6 +60,7 @@ def test_a_name_is_checked_before_its_model_is_loaded(monkeypatch: pytest.Monkey
         "chat:a/b": "a/b",
         "chat:a/b#strongreject": "a/b",
         "guard:wildguard=c/d": "c/d",
+        "guard:qwen3guard=c/d": "c/d",
         "openai:m@http://localhost:1/v1": None,
     }
     assert {name: judge_model(name) for name in models} == models
@@ -102,6 +106,13 @@ def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="characters that no key has") as caught:
         make_judge("openai:m@http://localhost:1/v1")
     assert "secret" not in str(caught.value)
+
+
+def test_without_the_client_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "cmrm.judges.endpoint", raising=False)
+    with pytest.raises(MissingExtraError, match=r"needs the client openai; .*cmrm\[eval\]"):
+        judge_maker("openai:m@http://localhost:1/v1")
 
 
 def test_a_cap_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

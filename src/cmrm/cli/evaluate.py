@@ -72,7 +72,7 @@ def evaluate(
     judges: Annotated[
         str,
         typer.Option(
-            help="Comma list: small, keyword, regression, ensemble, guard:KIND=MODEL, chat:MODEL, "
+            help="Comma list: small, keyword, ensemble, guard:KIND=MODEL, judgezoo:NAME, chat:MODEL, "
             "openai:MODEL@URL."
         ),
     ] = "small,keyword",

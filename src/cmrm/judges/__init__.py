@@ -78,7 +78,7 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 
 def judge_names() -> list[str]:
     """Forms of a name that `make_judge` takes."""
-    return [*_PLAIN, "guard:KIND=MODEL", "chat:MODEL", "openai:MODEL@URL"]
+    return [*_PLAIN, "guard:KIND=MODEL", "chat:MODEL", "openai:MODEL@URL", "judgezoo:NAME"]
 
 
 def make_judge(name: str) -> Judge:
@@ -87,7 +87,7 @@ def make_judge(name: str) -> Judge:
     `small`, `keyword`, `regression`, `ensemble`; `guard:llama-guard-3=PATH` and the like for a
     guard (`judges.guard.KINDS`), `chat:PATH` for a chat model with a rubric (`judges.local`), both
     from a folder or hub id; `openai:MODEL@http://host:port/v1` for an endpoint of OpenAI's
-    protocol (`judges.endpoint`).
+    protocol (`judges.endpoint`); `judgezoo:NAME` for a judge of that package (`judges.zoo`).
 
     Raises:
         InputError: the name is unknown, or what it names cannot be used.
@@ -102,6 +102,7 @@ def judge_maker(name: str) -> Callable[[], Judge]:
 
     Raises:
         InputError: the name is unknown, or has another form.
+        MissingExtraError: the judge needs a library that is not installed.
     """
     if name in _PLAIN:
         return _PLAIN[name]
@@ -121,6 +122,11 @@ def judge_maker(name: str) -> Callable[[], Judge]:
 
         judge = EndpointJudge.named(rest)
         return lambda: judge
+    if kind == "judgezoo" and rest:
+        from cmrm.judges.zoo import ZooJudge, check_zoo_name
+
+        check_zoo_name(rest)
+        return lambda: ZooJudge.named(rest)
     raise InputError(f"unknown judge {name!r}; one of {', '.join(judge_names())}")
 
 
@@ -140,4 +146,8 @@ def judge_model(name: str) -> str | None:
         from cmrm.judges.local import chat_source
 
         return chat_source(rest)[0]
+    if kind == "judgezoo":
+        from cmrm.judges.zoo import MODELS
+
+        return MODELS[rest]
     return None

@@ -1,4 +1,5 @@
-"""A judge behind an endpoint of OpenAI's chat protocol, with retries, a cache and a cap."""
+"""A judge behind an endpoint of OpenAI's chat protocol, asked in parallel, with retries, a cache
+and a cap."""
 
 from __future__ import annotations
 
@@ -6,37 +7,58 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from cmrm.errors import CmrmError, InputError
+from cmrm.errors import CmrmError, InputError, MissingExtraError
+from cmrm.judges.base import Judgement, assessed
 from cmrm.judges.rubrics import ModelAnswer, RubricJudge, T
 from cmrm.store import TextStore
 
+try:
+    import openai
+except ImportError:
+    raise MissingExtraError(
+        "openai:MODEL@URL needs the client openai; pip install 'cmrm[eval]' brings it"
+    ) from None
+
 LONGEST_WAIT = 60.0
 """Seconds that an endpoint's Retry-After can ask for at most."""
+PARALLEL = 8
+"""Requests at a time where `CMRM_JUDGE_PARALLEL` does not say."""
+MOST_PARALLEL = 256
+"""Requests at a time at most."""
 
+_BUSY = {408, 409, 425, 429}
+"""States below 500 that pass by themselves."""
+_FILTERS = {"content_filter", "content_policy_violation", "invalid_prompt"}
+"""Codes of a request that a filter refuses."""
+_FILTERED = {"safety", "prohibited_content", "blocklist", "recitation", "spii"}
+"""Gemini's finish reasons of an answer that a filter stopped, beside OpenAI's `content_filter`."""
 _UNSUPPORTED = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown|unexpected|not permitted"
     r"|not allowed|deprecated|extra (?:inputs|fields)|use 'max_completion_tokens'",
     re.IGNORECASE,
 )
+_TOO_LONG = re.compile(
+    r"context[ _](?:length|window|size)|(?:prompt|input) is too long", re.IGNORECASE
+)
+_CUT = re.compile(r"output limit was reached", re.IGNORECASE)
 
 
 class EndpointJudge(RubricJudge):
     """`openai:MODEL@URL` or `openai:MODEL@URL#strongreject`; the key is read from `OPENAI_API_KEY`.
 
-    Answers that could be read are cached on disk by model, rubric, request and reply. A judge makes
-    at most `max_calls` requests (`CMRM_JUDGE_MAX_CALLS`); one more raises, which makes the reply
-    unscored.
+    A server without keys needs none. Answers that could be read are cached on disk by model,
+    rubric, request and reply. A judge makes at most `max_calls` requests (`CMRM_JUDGE_MAX_CALLS`);
+    one more raises, which makes the reply unscored. `assess_all` asks `parallel` requests at a time
+    (`CMRM_JUDGE_PARALLEL`). A judge may be used by several threads.
     """
 
     def __init__(
@@ -47,6 +69,7 @@ class EndpointJudge(RubricJudge):
         rubric: str = "engages",
         key: str | None = None,
         max_calls: int | None = None,
+        parallel: int | None = None,
         cache: Path | None = None,
         tries: int = 4,
         wait: float = 1.0,
@@ -54,8 +77,10 @@ class EndpointJudge(RubricJudge):
     ) -> None:
         """`tries` and `wait` (seconds, doubled each time) are for rate limits and lost connections.
 
+        `timeout`: seconds that a request may take.
+
         Raises:
-            InputError: the address, the key, the rubric or the cap cannot be used.
+            InputError: the address, the key, the rubric, the cap or `parallel` cannot be used.
         """
         super().__init__(rubric)
         if re.fullmatch(r"https?://[!-~]+", url) is None:
@@ -68,19 +93,41 @@ class EndpointJudge(RubricJudge):
         self.key = (key if key is not None else os.environ.get("OPENAI_API_KEY", "")).strip()
         if re.fullmatch("[!-~]*", self.key) is None:
             raise InputError("OPENAI_API_KEY holds blanks or characters that no key has")
-        self.max_calls = max_calls if max_calls is not None else _allowed_calls()
+        self.max_calls = _number("CMRM_JUDGE_MAX_CALLS", 10_000) if max_calls is None else max_calls
+        self.parallel = _number("CMRM_JUDGE_PARALLEL", PARALLEL) if parallel is None else parallel
+        """Requests at a time."""
+        if not 1 <= self.parallel <= MOST_PARALLEL:
+            raise InputError(
+                f"an endpoint is asked 1 to {MOST_PARALLEL} requests at a time, not "
+                f"{self.parallel}; set CMRM_JUDGE_PARALLEL"
+            )
         self.tries, self.wait, self.timeout = tries, wait, timeout
         self.calls = 0
+        """Requests that were made."""
         self.cache = cache
         self._limit = "max_tokens"
         self._settings: dict[str, Any] = {"temperature": 0}
+        self._lock = threading.Lock()
+        self._store: TextStore | None = None
+        self._resumes = 0.0
+        """Time (monotonic) before which the endpoint has asked for no request."""
+        try:
+            self._client = openai.OpenAI(
+                api_key=self.key or "none", base_url=self.url, timeout=timeout, max_retries=0
+            )
+        except Exception as error:  # an odd port, or a proxy of the environment
+            raise InputError(f"{url!r} is no address that can be asked: {error}") from None
 
-    @cached_property
+    @property
     def _answers(self) -> TextStore:
         """Answers on disk, opened when the first one is wanted."""
         from cmrm.files import cache_dir
 
-        return TextStore(self.cache if self.cache is not None else cache_dir() / "judges.db")
+        with self._lock:
+            if self._store is None:
+                path = self.cache if self.cache is not None else cache_dir() / "judges.db"
+                self._store = TextStore(path)
+            return self._store
 
     @classmethod
     def named(cls, rest: str) -> EndpointJudge:
@@ -95,6 +142,21 @@ class EndpointJudge(RubricJudge):
         address, mark, rubric = url.partition("#")
         return cls(model, address, rubric=rubric if mark else "engages")
 
+    def assess_all(self, pairs: Sequence[tuple[str, str]]) -> list[Judgement]:
+        """Judgements of many (request, reply), in their order, `parallel` requests at a time.
+
+        The same pair is asked once. An error makes its own reply unscored and `failed`, no other.
+        """
+        unique = list(dict.fromkeys(map(tuple, pairs)))
+        with ThreadPoolExecutor(min(self.parallel, max(1, len(unique)))) as pool:
+            try:
+                judgements = list(pool.map(lambda pair: assessed(self, *pair), unique))
+            except BaseException:  # a user's break: what was not asked yet is dropped
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        by_pair = dict(zip(unique, judgements, strict=True))
+        return [by_pair[tuple(pair)] for pair in pairs]
+
     def read(
         self, question: str, max_tokens: int, parse: Callable[[ModelAnswer], T | None]
     ) -> tuple[T | None, ModelAnswer]:
@@ -103,7 +165,7 @@ class EndpointJudge(RubricJudge):
         Raises:
             CmrmError: as `ask`.
         """
-        key = hashlib.sha256(f"{self.name}\x00{question}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.name}\x00{question}".encode(errors="replace")).hexdigest()
         text = self._answers.get(key)
         if text is not None:
             stored = ModelAnswer(text)
@@ -120,7 +182,7 @@ class EndpointJudge(RubricJudge):
         return answer.cut
 
     def ask(self, question: str, max_tokens: int) -> ModelAnswer:
-        """The endpoint's answer.
+        """The endpoint's answer; withheld where it will never give one about this question.
 
         Raises:
             CmrmError: it cannot be reached, refuses or answers in another form; or the cap is
@@ -128,19 +190,31 @@ class EndpointJudge(RubricJudge):
         """
         problem, attempt = "", 0
         while attempt < self.tries:
-            body = self._body(question, max_tokens)
+            body, pause = self._body(question, max_tokens), 0.0
             try:
                 return _answer(self._post(body))
-            except urllib.error.HTTPError as error:
-                message = _message(error)
-                problem = f"status {error.code}: {message}"
-                if error.code in (400, 422) and self._adapt(message, body):
-                    continue
-                if error.code != 429 and error.code < 500:
-                    raise CmrmError(self._refusal(error.code, problem)) from None
-                pause = _retry_after(error.headers.get("Retry-After"))
-            except (OSError, ValueError, HTTPException) as error:
-                problem, pause = str(error) or type(error).__name__, 0.0
+            except openai.APIStatusError as error:
+                code, message = self._told(error)
+                problem = f"status {error.status_code}: {message}"
+                if error.status_code in (400, 413, 422):
+                    if self._adapt(message, body):
+                        continue
+                    if _CUT.search(message):
+                        return ModelAnswer("", cut=True)
+                    withheld = self._withheld(code, message)
+                    if withheld:
+                        return ModelAnswer("", withheld=withheld)
+                if not _passes(error.status_code, code):
+                    raise CmrmError(self._refusal(error.status_code, problem)) from None
+                pause = _retry_after(error.response.headers)
+                self._hold(pause)
+            except openai.APITimeoutError:
+                problem = f"no answer within {self.timeout:g} s; is the server busy?"
+            except openai.APIConnectionError as error:
+                cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+                problem = f"no connection ({cause}); is the server running, the address right?"
+            except (ValueError, openai.OpenAIError) as error:
+                problem = self._line(str(error) or type(error).__name__)
             attempt += 1
             if attempt < self.tries:
                 time.sleep(max(pause, self.wait * 2 ** (attempt - 1)))
@@ -148,23 +222,40 @@ class EndpointJudge(RubricJudge):
 
     def _body(self, question: str, max_tokens: int) -> dict[str, Any]:
         """The request, without what the endpoint has refused so far."""
+        text = question.encode(errors="replace").decode()
         return {
-            "model": self.model, "messages": [{"role": "user", "content": question}],
+            "model": self.model, "messages": [{"role": "user", "content": text}],
             self._limit: max_tokens, **self._settings,
         }  # fmt: skip
 
     def _post(self, body: dict[str, Any]) -> Any:
         """The JSON that the endpoint sends back."""
-        if self.calls >= self.max_calls:
-            raise CmrmError(
-                f"{self.calls} calls were made, as many as are allowed (CMRM_JUDGE_MAX_CALLS)"
-            )
-        self.calls += 1
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        address = f"{self.url}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            return json.loads(response.read())
+        with self._lock:
+            if self.calls >= self.max_calls:
+                raise CmrmError(
+                    f"{self.calls} calls were made, as many as are allowed; raise "
+                    "CMRM_JUDGE_MAX_CALLS"
+                )
+            self.calls += 1
+            delay = self._resumes - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        headers = {} if self.key else {"Authorization": openai.Omit()}
+        answer = self._client.chat.completions.with_raw_response.create(
+            **body, extra_headers=headers
+        )
+        text = answer.http_response.text
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ValueError(
+                f"its answer is no JSON; does the address end as it has to (/v1)? {text[:80]!r}"
+            ) from None
+
+    def _hold(self, seconds: float) -> None:
+        """Let no thread ask before `seconds` from now."""
+        with self._lock:
+            self._resumes = max(self._resumes, time.monotonic() + seconds)
 
     def _adapt(self, message: str, body: dict[str, Any]) -> bool:
         """Whether the endpoint refused a setting of `body` that later requests do without."""
@@ -178,69 +269,94 @@ class EndpointJudge(RubricJudge):
             return True
         return False
 
+    def _told(self, error: openai.APIStatusError) -> tuple[str, str]:
+        """The endpoint's code of an error, and its words on one line."""
+        try:
+            document = json.loads(error.response.text)
+        except ValueError:
+            return "", self._line(error.response.text or error.response.reason_phrase)
+        reason = document.get("error", document) if isinstance(document, dict) else document
+        if not isinstance(reason, dict):
+            return "", self._line(str(reason))
+        words = reason.get("message") or reason.get("detail") or reason
+        return str(reason.get("code") or reason.get("type") or ""), self._line(str(words))
+
+    def _line(self, text: str) -> str:
+        """`text` on one line of at most 200 characters, without the key."""
+        line = " ".join(text.split())
+        return (line.replace(self.key, "...") if len(self.key) > 5 else line)[:200]
+
+    def _withheld(self, code: str, message: str) -> str:
+        """Why the endpoint refuses this very question, or an empty text."""
+        if code in _FILTERS:
+            return f"a content filter of the endpoint refuses the question: {message}"
+        if code == "context_length_exceeded" or _TOO_LONG.search(message):
+            return f"request and reply are longer than what {self.model} reads: {message}"
+        return ""
+
     def _refusal(self, status: int, problem: str) -> str:
         """One line on a request that the endpoint refuses for good."""
+        key = "does not take the key" if self.key else "wants a key"
         remedy = {
-            401: "it does not take the key; set OPENAI_API_KEY",
+            401: f"it {key}; set OPENAI_API_KEY",
+            402: "the account has no credit left",
             403: f"the key has no access to {self.model}",
             404: f"there is no model {self.model} or no /chat/completions; is the address right?",
+            429: "the account has no quota left; look at its plan",
         }.get(status, "it refuses the request")
         return f"{self.url} gave no verdict: {remedy} ({problem})"
 
 
-def _allowed_calls() -> int:
-    calls = os.environ.get("CMRM_JUDGE_MAX_CALLS", "10000")
-    if not (calls.isascii() and calls.isdigit()):
-        raise InputError(
-            f"CMRM_JUDGE_MAX_CALLS is {calls!r}; it is a number of calls, such as 10000"
-        )
-    return int(calls)
+def _number(name: str, default: int) -> int:
+    """The whole number that an environment variable holds."""
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit()):
+        raise InputError(f"{name} is {value!r}; it is a number, such as {default}")
+    return int(value)
+
+
+def _passes(status: int, code: str) -> bool:
+    """Whether a refusal may pass by itself."""
+    return (status in _BUSY and code != "insufficient_quota") or status >= 500
 
 
 def _answer(document: Any) -> ModelAnswer:
     """The answer in what an endpoint sent: a text or its parts; hidden thinking is not read.
 
+    It is withheld where a filter stopped it or the model refuses.
+
     Raises:
         ValueError: there is no answer in it.
-        CmrmError: a filter or the model itself withholds the answer.
     """
     try:
+        if "choices" not in document and document.get("error"):
+            raise ValueError(f"it sent an error: {document['error']}")
         choice = document["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
+        message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
         content = message.get("content") or ""
         if isinstance(content, list):
             texts = (
                 part for part in content if part.get("type", "text") in ("text", "output_text")
             )
             content = "".join(str(part.get("text") or "") for part in texts)
-        if finish == "content_filter":
-            raise CmrmError("a content filter of the endpoint stopped its answer")
+        if "content_filter" in finish or finish in _FILTERED:
+            return ModelAnswer("", withheld="a content filter of the endpoint stopped its answer")
         if not content and message.get("refusal"):
-            raise CmrmError("the model refuses to judge this reply")
-        return ModelAnswer(str(content), finish == "length")
+            return ModelAnswer("", withheld="the model refuses to judge this reply")
+        return ModelAnswer(str(content), finish in ("length", "max_tokens"))
     except (LookupError, TypeError, AttributeError):
-        text = json.dumps(document)[:200]
-        raise ValueError(f"its answer has another form: {text}") from None
+        raise ValueError(f"its answer has another form: {json.dumps(document)}") from None
 
 
-def _message(error: urllib.error.HTTPError) -> str:
-    """The endpoint's own words on an error, on one line of at most 200 characters."""
-    try:
-        text = error.read(4096).decode(errors="replace")
-        document = json.loads(text)
-        reason = document.get("error", document) if isinstance(document, dict) else document
-        text = str(reason.get("message", reason)) if isinstance(reason, dict) else str(reason)
-    except (OSError, ValueError, HTTPException):
-        text = str(error.reason)
-    return " ".join(text.split())[:200]
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header (a number or a date), bounded; 0 without one."""
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that an endpoint asks to wait (Retry-After, a number or a date), bounded; else 0."""
+    value, unit = headers.get("retry-after-ms"), 1000.0
+    if value is None:
+        value, unit = headers.get("retry-after"), 1.0
     if value is None:
         return 0.0
     try:
-        seconds = float(value)
+        seconds = float(value) / unit
     except ValueError:
         try:
             date = parsedate_to_datetime(value)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from cmrm.errors import InputError, ModelError
-from cmrm.judges.quoting import defused
+from cmrm.judges.quoting import defused, special_tokens
 from cmrm.judges.rubrics import ModelAnswer, RubricJudge, rubric_named
 
 
@@ -45,16 +45,30 @@ def load_judge_model(source: str, *, vision: bool = False) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def generate_answer(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> ModelAnswer:
-    """The greedy answer to `inputs` (a single row, on the model's device)."""
+    """The greedy answer to `inputs` (a single row, on the model's device).
+
+    It is withheld where the row is longer than what the model reads.
+    """
+    length, longest = inputs["input_ids"].shape[1], context_length(model)
+    if longest is not None and length > longest:
+        return ModelAnswer("", withheld=f"{length} tokens are more than the judge's {longest}")
     padding = tokenizer.pad_token_id
     ids = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False,
         pad_token_id=tokenizer.eos_token_id if padding is None else padding,
-    )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
+    )[0, length:]  # fmt: skip
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     cut = len(ids) >= max_new_tokens and int(ids[-1]) not in ends
     return ModelAnswer(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), cut)
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a transformers model reads at most; None where its config does not say."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 class ChatJudge(RubricJudge):
@@ -92,8 +106,8 @@ class ChatJudge(RubricJudge):
 
     def ask(self, question: str, max_tokens: int) -> ModelAnswer:
         """The model's greedy answer."""
-        special = getattr(self.tokenizer, "all_special_tokens", [])
-        turns = [{"role": "user", "content": defused(question, special)}]
+        text = defused(question, special_tokens(self.tokenizer))
+        turns = [{"role": "user", "content": text}]
         inputs = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)

@@ -1,217 +1,222 @@
-"""Given replies, judged: verdicts on disk, rates by model, category and language, results."""
+"""Given replies, judged: each asked about once, verdicts kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cmrm import __version__
+from cmrm.errors import InputError
 from cmrm.files import atomic_path
 from cmrm.judges import Judge, Judgement, Verdict
-from cmrm.judges.base import assessed_all
-from cmrm.measure.agreement import agreement_between, rated_of
-from cmrm.measure.environment import machine_info, versions_info
-from cmrm.measure.outcomes import Cell, Outcome
-from cmrm.measure.replies import GivenReply
-from cmrm.measure.schema import checked
-from cmrm.measure.table import cell_row, results_of
+from cmrm.judges.base import assessed_all, failure, unscored
+from cmrm.measure.labelled import trained_on
+from cmrm.measure.replies import KINDS, GivenReply
 from cmrm.store import TextStore
 
 BATCH = 64
 """Replies that a judge is asked about at once."""
-GIVEN = "given"
-"""Condition of replies that somebody else generated."""
-ASKED = ("harmful", "benign")
-"""Kinds of requests whose replies are judged."""
+
+Judgements = Mapping[str, Sequence[Judgement | None]]
+"""Judge -> its judgement of each reply; None for replies that are not judged."""
+
+
+def asked_about(replies: Sequence[GivenReply]) -> int:
+    """How many of the replies are judged: those to harmful and benign requests."""
+    return sum(reply.kind in KINDS for reply in replies)
 
 
 def judge_replies(
     replies: Sequence[GivenReply],
-    judges: Mapping[str, Judge],
+    makers: Mapping[str, Callable[[], Judge]],
     *,
     store: TextStore | None = None,
+    say: Callable[[str], None] = lambda text: None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> dict[str, list[Judgement | None]]:
-    """Judge -> its judgement of each reply; None for replies that are neither harmful nor benign.
+    """Judge -> its judgement of each reply; None for replies to requests of no known label.
+
+    Equal replies to equal requests are asked about once, missing ones never. A judge is made when
+    it is its turn. One that cannot be made has failed on all replies; the others are not touched.
 
     Args:
         replies: what is judged.
-        judges: by name.
+        makers: what makes each judge, by name.
         store: keeps judgements, so that a run that was stopped continues. A judgement of a judge
             that failed is not kept: the judge is asked again.
-        tick: called with the number of verdicts that were given.
+        say: called with the name of each judge.
+        tick: called with the number of replies that have a verdict.
+
+    Raises:
+        InputError: the store cannot be written to.
     """
-    wanted = [k for k, reply in enumerate(replies) if reply.kind in ASKED]
-    judgements: dict[str, list[Judgement | None]] = {}
-    for name, judge in judges.items():
-        given: list[Judgement | None] = [None] * len(replies)
-        open_: list[int] = []
-        for k in wanted:
-            given[k] = _stored(store, name, replies[k])
-            if given[k] is None:
-                open_.append(k)
-        tick(len(wanted) - len(open_))
-        for start in range(0, len(open_), BATCH):
-            batch = open_[start : start + BATCH]
-            results = assessed_all(judge, [(replies[k].request, replies[k].reply) for k in batch])
-            for k, judgement in zip(batch, results, strict=True):
-                given[k] = judgement
-            if store is not None:
-                store.put({
-                    _key(name, replies[k]): json.dumps(asdict(judgement))
-                    for k, judgement in zip(batch, results, strict=True)
-                    if not judgement.failed
-                })  # fmt: skip
-            tick(len(batch))
-        judgements[name] = given
+    judgements = {}
+    for name, make in makers.items():
+        say(f"judging by {name}")
+        judgements[name] = _judged(replies, name, make, store, tick)
     return judgements
 
 
-def _key(judge: str, reply: GivenReply) -> str:
-    parts = (__version__, judge, reply.request, reply.reply)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _judged(
+    replies: Sequence[GivenReply],
+    name: str,
+    make: Callable[[], Judge],
+    store: TextStore | None,
+    tick: Callable[[int], None],
+) -> list[Judgement | None]:
+    """The judgements of one judge."""
+    judgements: list[Judgement | None] = [None] * len(replies)
+    places: dict[tuple[str, str], list[int]] = {}
+    for place, reply in enumerate(replies):
+        if reply.kind not in KINDS:
+            continue
+        if reply.missing is not None:
+            judgements[place] = unscored(reply.missing)
+            tick(1)
+        else:
+            places.setdefault((reply.request, reply.reply), []).append(place)
+
+    def fill(pair: tuple[str, str], judgement: Judgement) -> None:
+        for place in places[pair]:
+            judgements[place] = judgement
+        tick(len(places[pair]))
+
+    remaining = []
+    for pair in places:
+        kept = None if store is None else _kept(store, name, pair)
+        if kept is None:
+            remaining.append(pair)
+        else:
+            fill(pair, kept)
+    judge = _made(name, make) if remaining else None
+    for start in range(0, len(remaining), BATCH):
+        batch = remaining[start : start + BATCH]
+        if isinstance(judge, Judgement):
+            answers = [judge] * len(batch)
+        else:
+            assert judge is not None
+            answers = assessed_all(judge, batch)
+        if store is not None:
+            _keep(store, name, batch, answers)
+        for pair, judgement in zip(batch, answers, strict=True):
+            fill(pair, judgement)
+    return judgements
 
 
-def _stored(store: TextStore | None, judge: str, reply: GivenReply) -> Judgement | None:
-    text = None if store is None else store.get(_key(judge, reply))
-    if text is None:
+def _made(name: str, make: Callable[[], Judge]) -> Judge | Judgement:
+    """The judge, or the failed judgement of all replies where it cannot be made."""
+    try:
+        return make()
+    except Exception as error:  # no model, no memory, no library
+        return Judgement(Verdict.UNSCORED, failure(name, error), failed=True)
+
+
+def _key(judge: str, pair: tuple[str, str]) -> str:
+    return hashlib.sha256(json.dumps((__version__, judge, *pair)).encode()).hexdigest()
+
+
+def _kept(store: TextStore, judge: str, pair: tuple[str, str]) -> Judgement | None:
+    """A judgement of an earlier run; None where there is none that can be read."""
+    try:
+        values = json.loads(store.get(_key(judge, pair)) or "null")
+        return (
+            None
+            if values is None
+            else Judgement(**{**values, "verdict": Verdict(values["verdict"])})
+        )
+    except (sqlite3.Error, ValueError, TypeError, LookupError):
         return None
-    values = json.loads(text)
-    return Judgement(**{**values, "verdict": Verdict(values["verdict"])})
 
 
-def write_verdicts(
-    path: Path, replies: Sequence[GivenReply], judgements: Mapping[str, Sequence[Judgement | None]]
+def _keep(
+    store: TextStore,
+    judge: str,
+    pairs: Sequence[tuple[str, str]],
+    judgements: Sequence[Judgement],
 ) -> None:
-    """Write one JSON line per verdict: where the reply stands, and what the judge says of it.
+    """Store the judgements of a judge that did not fail."""
+    texts = {
+        _key(judge, pair): json.dumps(asdict(judgement))
+        for pair, judgement in zip(pairs, judgements, strict=True)
+        if not judgement.failed
+    }
+    try:
+        store.put(texts)
+    except sqlite3.Error as error:
+        raise InputError(
+            f"verdicts cannot be kept in {store.path}: {error}; those kept so far are not lost"
+        ) from None
+
+
+def failure_of_all(replies: Sequence[GivenReply], judgements: Judgements) -> str | None:
+    """The first reason where every verdict that was asked for failed; None where one did not.
+
+    Replies that are missing are not asked about.
+    """
+    asked = [
+        judgement
+        for row in judgements.values()
+        for reply, judgement in zip(replies, row, strict=True)
+        if judgement is not None and reply.missing is None
+    ]
+    return asked[0].reason if asked and all(judgement.failed for judgement in asked) else None
+
+
+def training_notes(
+    makers: Mapping[str, Callable[[], Judge]], paths: Mapping[str, Path]
+) -> dict[str, list[str]]:
+    """Name of a file -> which of the package's judges were trained on this very file.
+
+    `paths`: of the files, by name.
+    """
+    notes: dict[str, list[str]] = {}
+    for name, make in makers.items():
+        judge = None if ":" in name else _made(name, make)  # a colon names somebody's model
+        if judge is None or isinstance(judge, Judgement):
+            continue
+        for file, path in paths.items():
+            if trained_on(judge, [path]):
+                notes.setdefault(file, []).append(
+                    f"{name} was trained on these very replies: its rates are flattered here"
+                )
+    return notes
+
+
+def write_verdicts(path: Path, replies: Sequence[GivenReply], judgements: Judgements) -> None:
+    """Write one JSON line per reply and judge: where the reply is, and what the judge says of it.
 
     Requests and replies themselves are not written.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     lines = [
-        json.dumps(
-            {"file": reply.file, "row": reply.number, "model": reply.model, "kind": reply.kind,
-             "category": reply.category, "language": reply.language, "judge": judge,
-             "verdict": judgement.verdict.value, "reason": judgement.reason,
-             "failed": judgement.failed, "refusal": judgement.refusal,
-             "engagement": judgement.engagement},
-            ensure_ascii=False,
-        )
-        for judge, given in judgements.items()
-        for reply, judgement in zip(replies, given, strict=True)
-        if judgement is not None
-    ]  # fmt: skip
-    with atomic_path(path) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        json.dumps(_verdict_line(reply, judge, judgement), ensure_ascii=False)
+        for place, reply in enumerate(replies)
+        for judge, row in judgements.items()
+        if (judgement := row[place]) is not None
+    ]
+    try:
+        with atomic_path(path) as part:
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
-def results_of_replies(
-    replies: Sequence[GivenReply],
-    judgements: Mapping[str, Sequence[Judgement | None]],
-    *,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Rates of judged replies, in the form of `measure.schema.Results`.
-
-    All together, and by model, category and language where the files tell several apart.
-    """
-    outcomes = [_outcome(reply, judgements, k) for k, reply in enumerate(replies)]
-    files = list(dict.fromkeys(reply.file for reply in replies))
-    name = files[0] if len(files) == 1 else f"{len(files)} files"
-    whole = _cell(name, outcomes)
-    models = list(dict.fromkeys(reply.model for reply in replies))
-    rated = rated_of([whole])
-    return checked({
-        **results_of([whole], seed=seed),
-        "kind": "replies",
-        "model": {
-            "id": ", ".join(models[:4]) + (f" and {len(models) - 4} more" if models[4:] else ""),
-            "architecture": "replies as given", "dtype": "not loaded",
-        },
-        "sets": [_data(file, [r for r in replies if r.file == file]) for file in files],
-        "groups": _groups(replies, outcomes, list(judgements)),
-        "agreement": agreement_between(rated, {}) if len(judgements) > 1 and rated else {},
-        "settings": {"judges": list(judgements)},
-        "seed": seed,
-        "versions": versions_info(),
-        "machine": machine_info(),
-    })  # fmt: skip
+def _verdict_line(reply: GivenReply, judge: str, judgement: Judgement) -> dict[str, Any]:
+    return {
+        "file": reply.file, "row": reply.number, "model": reply.model, "kind": reply.kind,
+        "category": reply.category, "language": reply.language, "judge": judge,
+        "verdict": judgement.verdict.value, "reason": judgement.reason,
+        "failed": judgement.failed, "refusal": _rounded(judgement.refusal),
+        "engagement": _rounded(judgement.engagement),
+    }  # fmt: skip
 
 
-def _outcome(
-    reply: GivenReply, judgements: Mapping[str, Sequence[Judgement | None]], place: int
-) -> Outcome:
-    given = {name: j for name, row in judgements.items() if (j := row[place]) is not None}
-    return Outcome(
-        reply.id, reply.kind, reply.category, reply.request, reply.reply,
-        {name: j.verdict.value for name, j in given.items()},
-        {name: j.reason for name, j in given.items() if j.reason and not j.failed},
-        {name: j.reason for name, j in given.items() if j.reason and j.failed},
-        probabilities={n: pair for n, j in given.items() if (pair := j.probabilities) is not None},
-    )  # fmt: skip
-
-
-def _cell(name: str, outcomes: Sequence[Outcome]) -> Cell:
-    return Cell(name, GIVEN, "none", len(outcomes), {o.sample_id: o for o in outcomes})
-
-
-def _data(file: str, replies: Sequence[GivenReply]) -> dict[str, Any]:
-    labels = Counter(reply.kind for reply in replies)
-    notes = []
-    if labels["other"]:
-        notes.append(
-            f"{labels['other']} of {len(replies)} rows are labelled neither harmful nor benign: "
-            "they are in no rate"
-        )
-    empty = sum(not reply.reply.strip() for reply in replies)
-    if empty:
-        notes.append(f"{empty} replies are empty: they are unscored")
-    seen = Counter((reply.model, reply.request, reply.reply) for reply in replies)
-    repeated = sum(count - 1 for count in seen.values())
-    if repeated:
-        notes.append(f"{repeated} rows repeat a request and reply of the same model: each counts")
-    return {"name": file, "n": len(replies), "labels": dict(labels), "notes": notes}
-
-
-def _groups(
-    replies: Sequence[GivenReply], outcomes: Sequence[Outcome], judges: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Rates of all replies, then by each property that tells several groups apart."""
-    rows = [_group("all", "all replies", outcomes, judges)]
-    for by in ("model", "category", "language"):
-        groups: dict[str, list[Outcome]] = {}
-        for reply, outcome in zip(replies, outcomes, strict=True):
-            groups.setdefault(getattr(reply, by) or "not stated", []).append(outcome)
-        if len(groups) > 1:
-            rows += [_group(by, name, part, judges) for name, part in sorted(groups.items())]
-    return rows
-
-
-def _group(
-    by: str, name: str, outcomes: Sequence[Outcome], judges: Sequence[str]
-) -> dict[str, Any]:
-    row = cell_row(_cell(name, outcomes), judges)
-    return {"by": by, "name": name, "n": len(outcomes), "judges": row["judges"]}
-
-
-def open_reasons(
-    judgements: Mapping[str, Sequence[Judgement | None]],
-) -> dict[str, list[tuple[str, int]]]:
-    """Judge -> reasons of open questions and their numbers, the most frequent first.
-
-    Figures inside a reason are left out, so that like reasons are counted together.
-    """
-    counted: dict[str, list[tuple[str, int]]] = {}
-    for name, given in judgements.items():
-        reasons = Counter(_without_figures(j.reason) for j in given if j is not None and j.reason)
-        counted[name] = reasons.most_common()
-    return counted
-
-
-def _without_figures(reason: str) -> str:
-    return re.sub(r" is \d\.\d+,", "", reason)
+def _rounded(probability: float | None) -> float | None:
+    return None if probability is None else round(probability, 6)

@@ -279,6 +279,8 @@ class GroupRow(Part):
     by: Literal["all", "model", "category", "language"]
     name: str
     n: int = Field(description="replies, judged or not")
+    harmful: int = Field(description="of them to harmful requests")
+    benign: int = Field(description="of them to benign requests")
     judges: dict[str, Judged]
 
 
@@ -316,6 +318,11 @@ class Results(Part):
     )
     groups: list[GroupRow] = Field(
         default_factory=list, description="of replies that somebody else generated"
+    )
+    unscored_reasons: dict[str, dict[str, int]] = Field(
+        default_factory=dict,
+        description="judge -> why replies are unscored in their rate -> how many; without failures "
+        "of the judge (replies that somebody else generated)",
     )
     recipe: RecipeRow | None = Field(
         None, description="published figures beside the run's, with `cmrm reproduce`"

@@ -136,13 +136,13 @@ def _text_pictures(
     if "://" in text:
         return [text]  # open_picture says that nothing is fetched
     if text.startswith("[") and text.endswith("]"):
-        cells = _list_in(text)
+        cells = list_in(text)
         if cells is not None:
             return _pictures(cells, folder, place, search, depth)
     return [_image_path(text, folder, search)]
 
 
-def _list_in(text: str) -> list[Any] | None:
+def list_in(text: str) -> list[Any] | None:
     """The list that a text holds in JSON, or as Python prints one; None where it holds none."""
     for parse in (json.loads, ast.literal_eval):
         try:
