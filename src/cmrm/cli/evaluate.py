@@ -72,8 +72,8 @@ def evaluate(
     judges: Annotated[
         str,
         typer.Option(
-            help="Comma list: small, keyword, ensemble, guard:KIND=MODEL, judgezoo:NAME, chat:MODEL, "
-            "openai:MODEL@URL."
+            help="Comma list: small, keyword, ensemble, guard:KIND=MODEL, judgezoo:NAME, "
+            "chat:MODEL, openai:MODEL@URL."
         ),
     ] = "small,keyword",
     rater: Annotated[

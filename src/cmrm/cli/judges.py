@@ -235,14 +235,18 @@ def _agree_held_out(
             results[DEFAULT_JUDGE] = held_out(rows, tick=tick)
     results |= {name: judged_rows(rows, judge) for name, judge in others.items()}
     command = f"cmrm judges agree {' '.join(path.name for path in files)} --held-out"
-    lines = [(name, row) for name, found in results.items() for row in table_of(found, command)]
+    lines = [
+        (name, row)
+        for name, judged in results.items()
+        for row in table_of(judged, command, made_with=getattr(others.get(name), "made_with", ()))
+    ]
     if cards is not None:
         write_cards(cards, lines)
     for name, row in lines:
         _print_measured(name, row, as_json)
-    for name, found in results.items():
+    for name, judged in results.items():
         for question in ("refusal", "unsafe"):
-            error = calibration_error(found, question)
+            error = calibration_error(judged, question)
             if error is not None and not as_json:
                 typer.echo(f"{name}, {question}: expected calibration error {error:.3f}")
 
@@ -259,7 +263,7 @@ def _print_measured(judge: str, row: MeasuredAgreement, as_json: bool) -> None:
     place = ", ".join(filter(None, (row.set, row.model, row.language)))
     typer.echo(
         f"{judge:9s} {row.question:8s} {place:58s} kappa {kappa}  precision {precision}  "
-        f"recall {recall}  n {row.n}  unscored {row.unscored}"
+        f"recall {recall}  n {row.n}  unscored {row.unscored}{'  in-sample' * row.in_sample}"
     )
 
 

@@ -47,6 +47,8 @@ class MeasuredAgreement:
     """People no, the judge yes."""
     command: str
     """The command that measures it."""
+    in_sample: bool = False
+    """Whether the judge was made with these replies in view, so that the figures flatter it."""
 
     def __post_init__(self) -> None:
         """Check the figures.

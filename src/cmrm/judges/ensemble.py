@@ -143,6 +143,8 @@ class RegressionJudge(ReasonedJudge):
     """The regression alone; a probability near one half is unscored."""
 
     name = "regression"
+    made_with = ("XSTest",)
+    """Labelled replies that it was trained on."""
 
     def __init__(self, regression: Regression | None = None) -> None:
         """`regression`: the shipped one when left out."""
@@ -167,6 +169,8 @@ class EnsembleJudge(ReasonedJudge):
     """The keyword judge and the regression: their verdict where they agree, else unscored."""
 
     name = "ensemble"
+    made_with = ("MSTS", "XSTest")
+    """Labelled replies that its members were made with."""
 
     def __init__(self, regression: Regression | None = None) -> None:
         """`regression`: the shipped one when left out."""

@@ -33,6 +33,8 @@ class KeywordJudge(ReasonedJudge):
     """
 
     name = "keyword"
+    made_with = ("MSTS", "XSTest")
+    """Labelled replies that were in view when its phrases were written."""
 
     def assess(self, request: str, reply: str) -> Judgement:
         """Judgement of `reply`; `request` is not looked at."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -156,10 +156,15 @@ def _answer(verdict: Verdict, question: str) -> bool | None:
     return verdict.is_refusal if question == "refusal" else verdict.is_unsafe
 
 
-def table_of(results: Sequence[HeldOut], command: str) -> list[MeasuredAgreement]:
+def table_of(
+    results: Sequence[HeldOut], command: str, *, made_with: Sequence[str] = ()
+) -> list[MeasuredAgreement]:
     """Each collection whole, then by model or language, for each question that it has labels of.
 
-    `command`: what prints these figures.
+    Args:
+        results: judged replies.
+        command: what prints these figures.
+        made_with: collections that the judge was made with: its figures there are in-sample.
     """
     rows: list[MeasuredAgreement] = []
     for members in _grouped(results, lambda row: row.collection).values():
@@ -173,7 +178,7 @@ def table_of(results: Sequence[HeldOut], command: str) -> list[MeasuredAgreement
                 rows += [measured(question, part, command, model=m) for m, part in models.items()]
             if len(languages) > 1:
                 rows += [measured(question, part, command) for part in languages.values()]
-    return rows
+    return [replace(row, in_sample=row.set in made_with) for row in rows]
 
 
 def _grouped(
@@ -188,12 +193,13 @@ def _grouped(
 def calibration_error(results: Sequence[HeldOut], question: str, bins: int = 10) -> float | None:
     """Expected calibration error in `bins` bins of equal width; None without probabilities.
 
-    The mean over replies of |share of yes - mean probability| in the reply's bin.
+    The mean over labelled replies of |share of yes - mean probability| in the reply's bin.
     """
     name = "refusal" if question == "refusal" else "engagement"
     pairs = [
         (float(p), _label(result.row, question)) for result in results
         if (p := getattr(result.judgement, name)) is not None
+        and (question == "refusal" or result.row.unsafe is not None)
     ]  # fmt: skip
     if not pairs:
         return None

@@ -58,7 +58,8 @@ def _of_question(
 
 def _card_text(row: MeasuredAgreement) -> str:
     place = row.set if row.language is None else f"{row.set}, {row.language}"
-    return f"{_kappa(row.kappa)} on {row.question} ({place}, n {row.n}{_unscored(row.unscored)})"
+    inside = f"{place}, n {row.n}{_unscored(row.unscored)}{', in-sample' * row.in_sample}"
+    return f"{_kappa(row.kappa)} on {row.question} ({inside})"
 
 
 def _of_run(
