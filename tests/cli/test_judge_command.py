@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from cmrm.cli.main import app
-from cmrm.errors import CmrmError, InputError
+from cli.commands import json_of, refused, run
+from cmrm.judges import Judge, Verdict
 
 NO = "I'm sorry, but I can't help with that."
 YES = "Sure, here is how you do it. First, mix the flour and the water."
@@ -23,13 +24,11 @@ ROWS = [
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["judge", *map(str, arguments)])
+    return run("judge", *arguments)
 
 
 def results(*arguments: object) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    values: dict[str, Any] = json.loads(result.stdout)
+    values: dict[str, Any] = json_of("judge", *arguments, "--json")
     return values
 
 
@@ -73,60 +72,31 @@ def test_any_columns_and_words(tmp_path: Path) -> None:
     assert rates(values) == (0.0, 0.0)
 
 
-def test_samples_of_lmms_eval(tmp_path: Path) -> None:
+def test_files_of_several_tools_at_once(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for cells in (["index", "question", "prediction"], [0, "bake?", NO], [1, "burn?", YES]):
+        book.active.append(cells)
+    book.save(tmp_path / "LLaVA_Set.xlsx")
     folder = tmp_path / "llava__llava-1.5-7b"
     folder.mkdir()
-    rows = [
-        {"doc_id": 0, "doc": {"question": "bake?"}, "target": "", "resps": [[NO]],
-         "filtered_resps": [NO], "input": "bake?"},
-        {"doc_id": 1, "doc": {"question": "burn?"}, "target": "", "resps": [[YES]],
-         "filtered_resps": [YES], "input": "burn?"},
-    ]  # fmt: skip
-    values = results(jsonl(folder / "20260101_samples_task.jsonl", rows), "--label", "harmful")
-    assert rates(values)[0] == 0.5
-    assert values["model"]["id"] == "llava/llava-1.5-7b"
+    sample = {"doc_id": 0, "input": "bake?", "filtered_resps": [NO]}
+    files = [
+        jsonl(tmp_path / "own.jsonl", ROWS),
+        jsonl(folder / "20260101_000000_samples_task.jsonl", [sample]),
+        tmp_path / "LLaVA_Set.xlsx",
+    ]
+    values = results(*files, "--label", "harmful")
+    rows = {g["name"]: (g["harmful"], g["benign"]) for g in values["groups"] if g["by"] == "model"}
+    assert rows == {"own": (2, 2), "llava/llava-1.5-7b": (1, 0), "LLaVA_Set": (2, 0)}
+    assert rates(values) == (0.4, 0.5)
 
 
-def test_a_workbook_of_vlmevalkit(tmp_path: Path) -> None:
-    pd = pytest.importorskip("pandas")
-    pytest.importorskip("openpyxl")
-    table = {"index": [0, 1], "question": ["bake?", "burn?"], "answer": ["x", "y"],
-             "prediction": [NO, YES], "category": ["bread", "toast"]}  # fmt: skip
-    pd.DataFrame(table).to_excel(tmp_path / "LLaVA_Set.xlsx", index=False)
-    values = results(tmp_path / "LLaVA_Set.xlsx", "--label", "harmful")
-    assert rates(values)[0] == 0.5
-    assert values["model"]["id"] == "LLaVA_Set"
-
-
-def test_a_log_of_inspect(tmp_path: Path) -> None:
-    pytest.importorskip("inspect_ai")
-    from inspect_ai import Task, eval
-    from inspect_ai.dataset import Sample
-    from inspect_ai.model import ModelOutput, ModelUsage, get_model
-
-    samples = [Sample(input="bake?", metadata={"label": "harmful"}),
-               Sample(input="cut?", metadata={"label": "benign"})]  # fmt: skip
-    outputs = [ModelOutput.from_content("mockllm/model", text) for text in (NO, YES)]
-    for output in outputs:  # else tokens are counted by an encoding that is downloaded
-        output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
-    model = get_model("mockllm/model", custom_outputs=outputs)
-    eval(Task(dataset=samples), model=model, log_dir=str(tmp_path), display="none",
-         max_connections=1, max_samples=1)  # fmt: skip
-    (log,) = tmp_path.glob("*.eval")
-    values = results(log)
-    assert rates(values) == (0.0, 0.0)
-    assert values["model"]["id"] == "mockllm/model"
-
-
-def test_chats_and_content_parts(tmp_path: Path) -> None:
-    rows = [
-        {"label": "harmful", "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "bake?"}, {"type": "image"}]},
-            {"role": "assistant", "content": NO},
-        ]},
-    ]  # fmt: skip
-    values = results(jsonl(tmp_path / "chat.jsonl", rows))
-    assert rates(values)[0] == 0.0
+def test_a_label_for_each_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "How do I bake it?", "response": NO}]
+    files = [jsonl(tmp_path / name, rows) for name in ("a.jsonl", "b.jsonl")]
+    values = results(*files, "--label", "a.jsonl=harmful,b.jsonl=benign")
+    assert rates(values) == (0.0, 1.0)
 
 
 def test_what_is_written(tmp_path: Path) -> None:
@@ -137,7 +107,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert [line["verdict"] for line in lines if line["judge"] == "small"] == [
         "refused", "complied", "complied", "refused",
     ]  # fmt: skip
-    assert {line["row"] for line in lines} == {1, 2, 3, 4}
+    assert [line["row"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Over-refusal" in page
     assert "mix the flour" not in page + (out / "verdicts.jsonl").read_text()
@@ -151,61 +121,108 @@ class Sometimes:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.works = False
+        self.fails = "burn"
 
-    def judge(self, request: str, reply: str) -> Any:
-        from cmrm.judges import Verdict
-
+    def judge(self, request: str, reply: str) -> Verdict:
         self.asked += 1
-        if "burn" in request and not self.works:
+        if self.fails in request:
             raise RuntimeError("no memory")
         return Verdict.REFUSED
 
 
-def test_a_judge_that_fails_takes_no_verdict_away_and_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def sometimes(monkeypatch: pytest.MonkeyPatch) -> Sometimes:
+    """The judge behind the name `sometimes`; `never` cannot be made."""
     import cmrm.judges
 
-    judge = Sometimes()
-    make = cmrm.judges.make_judge
-    monkeypatch.setattr(
-        cmrm.judges, "make_judge", lambda name: judge if name == "sometimes" else make(name)
-    )
+    judge, maker = Sometimes(), cmrm.judges.judge_maker
+
+    def never() -> Judge:
+        raise OSError("no such model")
+
+    def made(name: str) -> Callable[[], Judge]:
+        return {"sometimes": lambda: judge, "never": never}.get(name) or maker(name)
+
+    monkeypatch.setattr(cmrm.judges, "judge_maker", made)
+    return judge
+
+
+def test_a_judge_that_fails_takes_no_verdict_away_and_is_asked_again(
+    tmp_path: Path, sometimes: Sometimes
+) -> None:
     file = jsonl(tmp_path / "model.jsonl", ROWS)
     arguments = (file, "--judge", "keyword,sometimes", "--out", tmp_path / "out")
     first = invoke(*arguments)
     assert first.exit_code == 0, first.output
     assert "sometimes failed on 1 replies" in first.stderr
     assert "RuntimeError: no memory" in first.stderr
-    assert judge.asked == 4
-    judge.works = True
+    assert sometimes.asked == 4
+    sometimes.fails = "nothing"
     values = results(*arguments)
-    assert judge.asked == 5
+    assert sometimes.asked == 5
     assert values["judge_failures"] == {}
     assert values["groups"][0]["judges"]["keyword"]["unsafe"]["n"] == 2
 
 
-def test_a_judge_that_always_fails_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_judge_that_cannot_be_made_takes_no_verdict_away(
+    tmp_path: Path, sometimes: Sometimes
 ) -> None:
-    import cmrm.judges
+    file = jsonl(tmp_path / "model.jsonl", ROWS)
+    result = invoke(file, "--judge", "never,keyword", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert rates(values, "keyword") == (0.5, 0.5)
+    assert rates(values, "never") == (None, None)
+    assert values["judge_failures"]["never"]["n"] == 4
+    assert "never failed on 4 replies" in result.stderr
+    assert "--out FOLDER" in result.stderr
 
-    class Never:
-        name = "never"
 
-        def judge(self, request: str, reply: str) -> Any:
-            raise RuntimeError("no memory")
+def test_every_verdict_failed(tmp_path: Path, sometimes: Sometimes) -> None:
+    file, out = jsonl(tmp_path / "m.jsonl", ROWS), tmp_path / "out"
+    assert invoke(file, "--judge", "keyword", "--out", out).exit_code == 0
+    before = (out / "results.json").read_bytes()
+    message = refused("judge", file, "--judge", "never", "--out", out)
+    assert message == "every verdict failed; the first: never failed: OSError: no such model"
+    assert (out / "results.json").read_bytes() == before
 
-    monkeypatch.setattr(cmrm.judges, "make_judge", lambda name: Never())
-    result = invoke(jsonl(tmp_path / "m.jsonl", ROWS), "--judge", "never")
-    assert isinstance(result.exception, CmrmError)
-    assert "every verdict failed" in str(result.exception)
+
+def test_what_is_printed(tmp_path: Path) -> None:
+    rows = [*ROWS, {**ROWS[0], "response": ""}]
+    result = invoke(jsonl(tmp_path / "model.jsonl", rows))
+    assert result.exit_code == 0, result.output
+    assert "model.jsonl: 5 replies, 3 of them to harmful and 2 to benign requests" in result.stderr
+    assert "reply from 'response'" in result.stderr
+    assert "50.0 [9-91] +1 (33-67)" in result.stdout
+    assert "judged by small" in result.stdout
+    assert "agreement of small and keyword on unsafe: kappa" in result.stdout
+    assert "unscored by small: 1, the reply is empty" in result.stdout
+    assert "replies without a text to judge: 1" in result.stdout
+    assert "flour" not in result.output
+
+
+def test_many_categories_are_not_printed_in_full(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "category": f"c{k}"} for k in range(50)]
+    file = jsonl(tmp_path / "model.jsonl", rows)
+    result = invoke(file, "--judge", "keyword")
+    assert "and 21 more rows" in result.stdout
+    assert len(results(file, "--judge", "keyword")["groups"]) == 51
+
+
+def test_results_of_another_command_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"kind": "demo"}', encoding="utf-8")
+    file = jsonl(tmp_path / "model.jsonl", ROWS)
+    assert "another folder" in refused("judge", file, "--out", tmp_path)
+    assert (tmp_path / "results.json").read_text(encoding="utf-8") == '{"kind": "demo"}'
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "model.jsonl", ROWS)
+    assert "store" in refused("judge", file, "--out", file)
 
 
 BAD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
     "no reply": ([{"prompt": "a", "label": "harmful"}], (), "no column for the reply"),
-    "no request": ([{"response": "a", "label": "harmful"}], (), "no column for the request"),
     "no label": ([{"prompt": "a", "response": "b"}], (), "--label harmful"),
     "unknown label": ([{"prompt": "a", "response": "b", "label": "7"}], (), "--harmful WORDS"),
     "two vocabularies": (
@@ -214,74 +231,61 @@ BAD: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
     ),
     "wrong map": (ROWS, ("--map", "reply=nowhere"), "no column 'nowhere' for reply"),
     "unknown field": (ROWS, ("--map", "answer=response"), "no field 'answer'"),
-    "wrong constant": (ROWS, ("--label", "bad"), "--label is 'bad'"),
-    "word twice": (ROWS, ("--harmful", "x", "--benign", "x"), "both harmful and benign"),
-    "unknown judge": (ROWS, ("--judge", "nobody"), "unknown judge 'nobody'"),
-    "reply is an object": (
-        [{"prompt": "a", "response": {"x": 1}, "label": "harmful"}], (), "its reply is dict",
+    "wrong constant": (ROWS, ("--label", "bad"), "label is 'bad'"),
+    "wrong label of a file": (ROWS, ("--label", "model.jsonl=bad"), "label is 'bad'"),
+    "label of no file": (ROWS, ("--label", "x.jsonl=harmful"), "none of the files"),
+    "two labels of a file": (
+        ROWS, ("--label", "model.jsonl=harmful,model.jsonl=benign"), "each file once",
     ),
+    "two forms of label": (ROWS, ("--label", "model.jsonl=harmful,benign"), "each file once"),
+    "word twice": (ROWS, ("--harmful", "x", "--benign", "x"), "both harmful and benign"),
+    "word of no row": (ROWS, ("--harmful", "x"), "no row has the label 'x'"),
+    "unknown judge": (ROWS, ("--judge", "nobody"), "unknown judge 'nobody'"),
+    "no judge": (ROWS, ("--judge", ","), "names nothing"),
+    "split of a file": (ROWS, ("--split", "test"), "--split goes with a folder"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(tmp_path: Path, name: str) -> None:
-    rows, arguments, message = BAD[name]
-    result = invoke(jsonl(tmp_path / "model.jsonl", rows), *arguments)
-    assert isinstance(result.exception, InputError)
-    assert message in str(result.exception)
-    assert "\n" not in str(result.exception)
+    rows, arguments, words = BAD[name]
+    assert words in refused("judge", jsonl(tmp_path / "model.jsonl", rows), *arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.jsonl", None, "no file"),
-        ("empty.csv", b"", "no rows"),
-        ("broken.eval", b"not a zip", "no log of Inspect"),
-        ("broken.xlsx", b"not a zip", "no workbook"),
-        ("broken.jsonl", b"{", "no JSON"),
-        ("latin.csv", "prompt,response\n\xe9,\xe9\n".encode("latin-1"), "UTF-8"),
-        ("what.bin", b"\x00\x01", "unknown kind"),
-    ],
-)
-def test_broken_files_are_one_line(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    file = tmp_path / name
-    if content is not None:
-        file.write_bytes(content)
-    result = invoke(file, "--label", "harmful")
-    assert isinstance(result.exception, InputError), result.output
-    assert message in str(result.exception)
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    assert "no file" in refused("judge", tmp_path / "none.jsonl")
+    (tmp_path / "what.bin").write_bytes(b"\x00\x01")
+    assert "unknown kind" in refused("judge", tmp_path / "what.bin")
 
 
 def test_empty_long_mixed_and_repeated_replies(tmp_path: Path) -> None:
-    texts = [
-        "",
-        " ",
-        YES * 2000,
-        NO,
-        NO,
-        "\u4f60\u597d, hello, \u043f\u0440\u0438\u0432\u0435\u0442",
-    ]
+    mixed = "\u4f60\u597d, hello, \u043f\u0440\u0438\u0432\u0435\u0442"
+    texts = ["", " ", YES * 2000, NO, NO, mixed, "(" * 100_000]
     rows = [{"prompt": "bake?", "response": text, "label": "harmful"} for text in texts]
-    result = invoke(jsonl(tmp_path / "m.jsonl", rows), "--json")
-    assert result.exit_code == 0, result.output
-    values = json.loads(result.stdout)
+    values = results(jsonl(tmp_path / "m.jsonl", rows))
     judged = values["groups"][0]["judges"]["small"]["unsafe"]
     assert judged["unscored"] >= 2
     assert judged["n"] + judged["unscored"] == len(texts)
     notes = " ".join(values["sets"][0]["notes"])
-    assert "2 replies are empty" in notes
-    assert "2 rows repeat" in notes
+    assert "without a text to judge: 2" in notes
+    assert "repeat the request and reply of a model: 2" in notes
+    assert values["unscored_reasons"]["small"]["the reply is empty"] == 2
 
 
-def test_rows_of_other_labels_are_in_no_rate_with_a_constant_label(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [*ROWS, {"prompt": "x", "response": NO, "label": None}]
-    values = results(jsonl(tmp_path / "m.jsonl", rows), "--label", "harmful")
-    assert values["groups"][0]["judges"]["small"]["unsafe"]["n"] == 3
+def test_the_default_judge_is_the_package_s_own() -> None:
+    import inspect
+
+    from cmrm.cli.judge import judge
+    from cmrm.judges import DEFAULT_JUDGE
+
+    assert inspect.signature(judge).parameters["judges"].default == f"{DEFAULT_JUDGE},keyword"
 
 
-def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "m.jsonl", ROWS)
-    assert "named twice" in str(invoke(file, file).exception)
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    example = page.partition("```json\n")[2].partition("```")[0]
+    (tmp_path / "replies.jsonl").write_text(example, encoding="utf-8")
+    values = results(tmp_path / "replies.jsonl")
+    assert values["model"]["id"] == "my-vlm"
+    assert rates(values) == (0.0, 0.0)
+    assert rates(values, "keyword") == (0.5, 0.0)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cmrm.judges import Judgement, Verdict
 from cmrm.measure.examples import examples_of
 from cmrm.measure.outcomes import Cell, Kind, Outcome
+from cmrm.measure.replies import GivenReply, ReplyFile
+from cmrm.measure.reply_results import results_of_replies
 from cmrm.measure.schema import checked
 from cmrm.measure.table import results_of
 
@@ -146,3 +149,20 @@ def evaluation_results() -> dict[str, Any]:
         judge_failures={"keyword": {"n": 1, "first": "keyword failed: OSError"}},
         failures=["ours-query: no memory"],
     )
+
+
+def replies_results(n: int = 3) -> dict[str, Any]:
+    """Like those of `cmrm judge`: two judges, `n` models, one reply left open."""
+    kinds: list[Kind] = [*["harmful"] * 6, *["benign"] * 3]  # type: ignore[list-item]
+    rows = [
+        GivenReply("mine.csv", k, f"request {k}", "a reply", kind, "<b>fraud</b>", f"m{k % n}", "")
+        for k, kind in enumerate(kinds)
+    ]
+    made = {mark: Judgement(Verdict(name), "a reason" if mark == "u" else None)
+            for mark, name in MARKS.items()}  # fmt: skip
+    judgements = {
+        judge: [made[mark] for mark in marks]
+        for judge, marks in {"small": "crrrruccr", "keyword": "ccrrrrccr"}.items()
+    }
+    file = ReplyFile("mine.csv", tuple(rows), {"reply": "reply"}, (), (), ("a note",))
+    return results_of_replies([file], judgements)

@@ -15,7 +15,7 @@ import pytest
 
 from cmrm.errors import InputError
 from cmrm.report.page import rendered, write_report
-from report.samples import cell, demo_results, evaluation_results, results
+from report.samples import cell, demo_results, evaluation_results, replies_results, results
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "demo": demo_results,
     "evaluation": evaluation_results,
     "diagnosis": diagnosis_results,
+    "replies": replies_results,
 }
 
 
@@ -113,6 +114,28 @@ def test_sections_of_an_evaluation() -> None:
         assert words in text
     assert "Strength" not in text
     assert '<table class="sortable">' in text
+
+
+def test_sections_of_given_replies() -> None:
+    text = page_of("replies")
+    page = Page(text)
+    assert page.headings[0] == "h1 How safe the replies of 3 models are"
+    assert [heading[3:] for heading in page.headings if heading.startswith("h2")] == [
+        "Rates", "Unscored replies", "Agreement of the judges", "Settings and versions",
+    ]  # fmt: skip
+    for words in (
+        "mine.csv: 9 replies", "judged by their text alone", "mine.csv: a note", "a reason",
+        "unsafe: the reply engages with a harmful request", "20.0 %",
+        "over-refusal: the reply refuses a benign request", "33.3 %",
+    ):  # fmt: skip
+        assert words in text
+    assert "a reply to it" not in text
+    assert "cmrm judges sheet" not in text
+
+
+def test_given_replies_of_one_model() -> None:
+    page = Page(rendered(replies_results(1))[0])
+    assert page.headings[0] == "h1 How safe the replies of m0 are"
 
 
 def test_a_recipes_targets() -> None:

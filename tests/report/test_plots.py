@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cmrm.report import plots
-from report.samples import cell, demo_results, evaluation_results, questions, results, sweep
+from report.samples import (
+    cell,
+    demo_results,
+    evaluation_results,
+    questions,
+    replies_results,
+    results,
+    sweep,
+)
 
 
 def texts(figure: Figure | None) -> list[str]:
@@ -29,7 +37,7 @@ def bars(figure: Figure | None) -> list[float]:
 
 def test_every_figure_of_the_demo_in_both_themes() -> None:
     drawn = plots.pictures(demo_results())
-    assert set(drawn) == set(plots.FIGURES)
+    assert set(drawn) == set(plots.FIGURES) - {"groups"}
     for picture in drawn.values():
         assert picture.light.startswith(b"\x89PNG")
         assert picture.dark.startswith(b"\x89PNG")
@@ -68,6 +76,16 @@ def test_a_category_with_nothing_scored_is_no_bar() -> None:
     figure = plots.categories(results(cells))
     assert texts(figure) == ["not scored"]
     assert sorted(bars(figure)) == [0.0, 100.0, 100.0]
+
+
+def test_bars_of_given_replies() -> None:
+    figure = plots.group_rates(replies_results())
+    assert figure is not None
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["all replies", "model m0", "model m1", "model m2"]
+    assert bars(figure) == [20.0, 50.0, 0.0, 0.0]
+    assert "0.0 %, 1 unscored: 0 to 50 %" in texts(figure)
+    assert plots.group_rates(replies_results(1)) is None
 
 
 def test_an_alpha_with_nothing_scored_is_no_point() -> None:

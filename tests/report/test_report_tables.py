@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmrm.report import categories, headline, tables
-from report.samples import cell, demo_results, evaluation_results, results
+from report.samples import (
+    cell,
+    demo_results,
+    evaluation_results,
+    replies_results,
+    results,
+)
 
 RATE = {
     "rate": 0.125, "low": 0.0712, "high": 0.2093, "n": 72, "unscored": 0, "lowest": 0.125,
@@ -130,6 +136,23 @@ def test_tables_of_an_evaluation() -> None:
     assert tables.gap_table(whole).rows[0][:3] == ["ecso", "ours", "ensemble"]
     difference = tables.comparison_table(whole).rows[0][4]
     assert difference.startswith("-55.6 points [")
+
+
+def test_groups_of_given_replies() -> None:
+    columns, rows = tables.group_table(replies_results(), tables.short_rate)
+    assert columns == [
+        "replies", "harmful requests", "benign requests", "unsafe rate (small)",
+        "unsafe rate (keyword)", "over-refusal (small)", "over-refusal (keyword)",
+    ]  # fmt: skip
+    assert rows[0][:4] == ["all replies", "6", "3", "20.0 [4-62] +1 (17-33)"]
+    assert rows[1][:3] == ["model m0", "2", "1"]
+
+
+def test_reasons_and_agreement_of_given_replies() -> None:
+    assert tables.reason_table(replies_results()).rows == [["small", "a reason", "1"]]
+    first, second = tables.agreement_lines(replies_results())
+    assert first.startswith("agreement of small and keyword on refusal: kappa ")
+    assert second.endswith("n 5, 1 unscored")
 
 
 def test_published_figures_stand_beside_the_runs() -> None:

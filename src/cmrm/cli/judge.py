@@ -25,7 +25,7 @@ def judge(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="CSV, TSV, JSONL, JSON, Parquet, xlsx, saved `datasets`; logs of Inspect; sample "
             "files of lmms-eval; result files of VLMEvalKit.",
         ),

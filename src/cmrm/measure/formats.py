@@ -13,7 +13,6 @@ from typing import Any
 
 from cmrm.errors import InputError, MissingExtraError
 from cmrm.measure.replies import KINDS, Reading, ReplyFile, Source, replies_of
-from cmrm.prompts.labels import LABELS
 from cmrm.prompts.tables import (
     SUFFIXES,
     Row,
@@ -39,7 +38,7 @@ def read_reply_files(
     labels: Mapping[str, str] | None = None,
     split: str | None = None,
 ) -> list[ReplyFile]:
-    """Replies of several files, of whatever tools; at least one is to a labelled request.
+    """Replies of several files, of whatever tools.
 
     - `.eval`, or `.json` with Inspect's header: a log of Inspect.
     - `.xlsx`: a workbook with one filled sheet, as VLMEvalKit and spreadsheets save it.
@@ -53,8 +52,8 @@ def read_reply_files(
         split: of a folder that `datasets` saved with several.
 
     Raises:
-        InputError: a file is missing, cannot be read, is named twice or holds no replies; or no row
-            of any file is labelled harmful or benign.
+        InputError: a file is missing, cannot be read, is named twice or holds no replies; or a word
+            that `reading` names is no label of any file.
         MissingExtraError: a library that reads a file is missing.
     """
     names, own = _names(paths), dict(labels or {})
@@ -63,6 +62,8 @@ def read_reply_files(
         raise InputError(
             f"--label names {listed(strangers)}, which is none of the files: {listed(names)}"
         )
+    if split is not None and not any(path.is_dir() for path in paths):
+        raise InputError("--split goes with a folder that `datasets` saved; leave it out")
     files = []
     for path, name in zip(paths, names, strict=True):
         label = own.get(str(path), own.get(name, reading.label))
@@ -73,18 +74,13 @@ def read_reply_files(
 
 
 def _check_words(files: Sequence[ReplyFile], reading: Reading) -> None:
-    """Raise where a word that the user named stands nowhere, or no row is harmful or benign."""
+    """Raise where a word that the user named is no label of any file."""
     words = {word.casefold() for file in files for word in file.words}
     absent = [word for word in reading.words if word not in words]
     if absent:
         seen = listed(sorted(words), 6) if words else "none"
         raise InputError(
             f"no row has the label {shortened(absent[0])!r}; the labels of the files are: {seen}"
-        )
-    if not any(reply.kind in LABELS for file in files for reply in file.replies):
-        raise InputError(
-            f"no row is labelled harmful or benign, so that there is no rate; the labels are "
-            f"{listed(sorted(words), 6)}; label all rows with --label harmful (or benign)"
         )
 
 

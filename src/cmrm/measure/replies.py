@@ -294,12 +294,12 @@ def _counted(replies: Sequence[GivenReply]) -> list[str]:
     """Notes on replies that are missing, requests that are empty, and rows that repeat."""
     notes = []
     for reason, count in Counter(reply.missing for reply in replies if reply.missing).items():
-        notes.append(f"{count} replies are unscored: {reason}")
+        notes.append(f"replies without a text to judge: {count}, {reason}")
     empty = sum(not reply.request.strip() for reply in replies)
     if empty:
-        notes.append(f"{empty} rows have an empty request; their replies are judged without it")
+        notes.append(f"rows with an empty request: {empty}; their replies are judged without it")
     seen = Counter((reply.model, reply.request, reply.reply) for reply in replies)
     repeated = sum(count - 1 for count in seen.values())
     if repeated:
-        notes.append(f"{repeated} rows repeat a request and reply of the same model: each counts")
+        notes.append(f"rows that repeat the request and reply of a model: {repeated}; each counts")
     return notes

@@ -143,12 +143,12 @@ def _cards_of_replies(results: Results, judge: str) -> list[Card]:
     rates = results["groups"][0]["judges"].get(judge, {})
     shown = []
     for outcome, title, tone in (
-        ("unsafe", "unsafe: harmful requests that were engaged with", "bad"),
-        ("over_refusal", "over-refusal: benign requests that were refused", ""),
+        ("unsafe", "unsafe: the reply engages with a harmful request", "bad"),
+        ("over_refusal", "over-refusal: the reply refuses a benign request", ""),
     ):
         rate = rates.get(outcome)
         if rate is not None and rate["rate"] is not None:
-            question = "unsafe" if outcome == "unsafe" else "refusal"
-            line = judge_line(results, judge, question)
-            shown.append(Card(f"{100 * rate['rate']:.1f} %", f"{title}, n {rate['n']}", tone, line))
+            value, _, rest = rate_text(rate).partition(" [")
+            line = judge_line(results, judge, "unsafe" if outcome == "unsafe" else "refusal")
+            shown.append(Card(value, f"{title}; [{rest}; n {rate['n']}", tone, line))
     return shown

@@ -75,12 +75,13 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
     source = files("cmrm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         r=results,
-        title=TITLES[results["kind"]].format(model=results["model"]["id"]),
+        title=_title(results),
         cards=headline.cards(results),
         figures=drawn,
         headline=_headline(results),
         gap_points=_gap_points(results),
         groups=tables.group_table(results),
+        reasons=tables.reason_table(results),
         outcomes=tables.outcome_table(results),
         cells=tables.cell_table(results),
         gaps=tables.gap_table(results),
@@ -100,6 +101,12 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
 
 def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
+
+
+def _title(results: Results) -> str:
+    models = [group["name"] for group in results["groups"] if group["by"] == "model"]
+    name = f"{len(models)} models" if models else results["model"]["id"]
+    return TITLES[results["kind"]].format(model=name)
 
 
 def _tied(cell: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmrm.errors import MissingExtraError
+from cmrm.prompts.text import shortened
 from cmrm.report.categories import category_cells, unsafe_share
 from cmrm.report.headline import headline_cells, in_order
 from cmrm.report.tables import NOT_SCORED, WHERE, Results, input_label, label
@@ -113,33 +114,57 @@ def unsafe_rates(results: Results) -> Figure | None:
         return None
     judge = results["judges"][0]
     cells = [cell for cell in headline_cells(results) if cell["judges"][judge]["unsafe"]]
-    if len(cells) < 2:
+    untouched = sum(cell["defense"] == "none" for cell in cells)
+    bars = [
+        (input_label(cell), cell["judges"][judge]["unsafe"], colour(_name(cell), place))
+        for place, cell in enumerate(cells)
+    ]
+    return _bars(bars, f"unsafe rate, % ({judge}), 95 % Wilson interval", untouched)
+
+
+MOST_BARS = 30
+"""Groups of given replies that are drawn."""
+
+
+def group_rates(results: Results) -> Figure | None:
+    """Bars of the unsafe rate of given replies, first judge: all, then each group of them."""
+    bars = []
+    for group in results["groups"]:
+        rate = group["judges"][results["judges"][0]]["unsafe"]
+        name = f"{'' if group['by'] == 'all' else group['by']} {shortened(group['name'], 36)}"
+        if rate:
+            bars.append((name.strip(), rate, colour("", GROUPS[group["by"]])))
+    text = f"unsafe rate, % ({next(iter(results['judges']), '')}), 95 % Wilson interval"
+    return _bars(bars[:MOST_BARS], text, len(bars))
+
+
+GROUPS = {"all": 6, "model": 0, "category": 2, "language": 3}
+"""What groups of given replies have in common -> place of their colour."""
+
+
+def _bars(bars: Sequence[tuple[str, Mapping[str, Any], str]], text: str, cut: int) -> Figure | None:
+    """Rates with intervals from names, rates and colours, a line behind the first `cut`."""
+    if len(bars) < 2:
         return None
-    figure, axes = _axes(8, 0.8 + 0.42 * len(cells))
-    for place, cell in enumerate(cells):
-        rate = cell["judges"][judge]["unsafe"]
+    figure, axes = _axes(8, 0.8 + 0.42 * len(bars))
+    for place, (_, rate, shade) in enumerate(bars):
         if rate["rate"] is None:
-            axes.text(
-                1, place, f"{NOT_SCORED} ({rate['unscored']} replies)", va="center", style="italic"
-            )
+            missing = f"{NOT_SCORED} ({rate['unscored']} replies)"
+            axes.text(1, place, missing, va="center", style="italic")
             continue
         share = 100 * rate["rate"]
-        whisker = [[max(0.0, share - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - share)]]
-        axes.barh(place, share, color=colour(_name(cell), place), height=0.62)
-        axes.errorbar(share, place, xerr=whisker, color=_ink(), capsize=3, lw=1.2)
-        text = f"{share:.1f} %"
+        axes.barh(place, share, color=shade, height=0.62)
+        axes.errorbar(share, place, xerr=_whisker(rate), color=_ink(), capsize=3, lw=1.2)
+        figures = f"{share:.1f} %"
         if rate["unscored"]:
             low, high = 100 * rate["lowest"], 100 * rate["highest"]
-            text += f", {rate['unscored']} unscored: {low:.0f} to {high:.0f} %"
-        axes.text(100 * rate["high"] + 1.5, place, text, va="center", fontsize=9)
-    axes.set_yticks(range(len(cells)), [input_label(cell) for cell in cells])
+            figures += f", {rate['unscored']} unscored: {low:.0f} to {high:.0f} %"
+        axes.text(100 * rate["high"] + 1.5, place, figures, va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.invert_yaxis()
-    untouched = sum(cell["defense"] == "none" for cell in cells)
-    if untouched < len(cells):
-        axes.axhline(untouched - 0.5, color=_faint(), lw=0.8, ls="--")
-    axes.set_xlim(0, 108)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel(f"unsafe rate, % ({judge}), 95 % Wilson interval")
+    if cut < len(bars):
+        axes.axhline(cut - 0.5, color=_faint(), lw=0.8, ls="--")
+    axes.set(xlim=(0, 108), xticks=range(0, 101, 20), xlabel=text)
     return figure
 
 
@@ -158,9 +183,7 @@ def alpha_sweep(results: Results) -> Figure | None:
     axes.plot(alphas, shares, "o-", color=main, label=label(first["defense"]))
     for point in results["alpha_sweep"]:
         if point["rate"] is None:
-            axes.text(
-                point["alpha"], 2, NOT_SCORED, rotation=90, ha="center", style="italic", fontsize=8
-            )
+            axes.text(point["alpha"], 2, NOT_SCORED, rotation=90, ha="center", style="italic")
     for cell in headline_cells(results):
         rate = cell["judges"][first["judge"]]["unsafe"]
         scored_line = rate and rate["rate"] is not None
@@ -266,14 +289,10 @@ def categories(results: Results) -> Figure | None:
                 axes.barh(at, 100 * share, height * 0.92, color=shade)
                 axes.plot([0, 0], [at - height * 0.4, at + height * 0.4], color=shade, lw=2)
             elif counts.get(name):
-                axes.text(
-                    0.8, at, NOT_SCORED, va="center", fontsize=6.5, style="italic", color=shade
-                )
+                axes.text(0.8, at, NOT_SCORED, va="center", fontsize=6.5, color=shade)
         handles.append(Patch(color=shade, label=input_label(cell)))
-    axes.set_yticks(
-        [row + 0.425 - height / 2 for row in range(len(names))],
-        [n.replace("_", " ") for n in names],
-    )
+    middles = [row + 0.425 - height / 2 for row in range(len(names))]
+    axes.set_yticks(middles, [n.replace("_", " ") for n in names])
     axes.set_ylim(len(names) - 0.15 + height / 2, -height)
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"unsafe rate on {cells[0]['set']}, % ({judge})")
@@ -305,13 +324,8 @@ def frontier(results: Results) -> Figure | None:
         place, row, harm, unsafe = point
         text = label(row["defense"]) + (f", harm {WHERE[harm]}" if several else "")
         if point not in scored:
-            axes.plot(
-                [],
-                [],
-                MARKERS[harm],
-                color=colour(row["defense"], place),
-                label=f"{text}: {NOT_SCORED}",
-            )
+            shade, note = colour(row["defense"], place), f"{text}: {NOT_SCORED}"
+            axes.plot([], [], MARKERS[harm], color=shade, label=note)
             continue
         accuracy = row["accuracy"]
         x, y = 100 * accuracy["rate"], 100 * unsafe["rate"]
@@ -361,6 +375,7 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
         unsafe_rates,
         "Bars: unsafe rate of each input condition and defence, with intervals",
     ),
+    "groups": (group_rates, "Bars: unsafe rate by model, category and language, with intervals"),
     "frontier": (frontier, "Points: unsafe rate against accuracy of each defence, with intervals"),
     "categories": (categories, "Bars: unsafe rate by harm category, for each input and defence"),
     "alpha_sweep": (

@@ -265,23 +265,37 @@ def without_empty(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     return Table([columns[k] for k in shown], [[row[k] for k in shown] for row in rows])
 
 
-GROUPS = {"all": "", "model": "model", "category": "category", "language": "language"}
-"""Words for what groups of given replies have in common."""
-
-
 def group_table(results: Results, text: RateText = rate_text) -> Table:
     """A row for each group of replies that somebody else generated, by each judge."""
     judges = results["judges"]
-    columns = ["replies", "n"]
+    columns = ["replies", "harmful requests", "benign requests"]
     for name in ("unsafe rate", "over-refusal"):
         columns += [name if len(judges) == 1 else f"{name} ({judge})" for judge in judges]
     rows = []
     for group in results["groups"]:
-        by = GROUPS[group["by"]]
-        rows.append([
-            f"{by} {group['name']}".strip(),
-            str(group["n"]),
-            *(or_dash(group["judges"][judge]["unsafe"], text) for judge in judges),
-            *(or_dash(group["judges"][judge]["over_refusal"], text) for judge in judges),
-        ])  # fmt: skip
+        rates = [
+            group["judges"][judge][name] for name in ("unsafe", "over_refusal") for judge in judges
+        ]
+        name = group["name"] if group["by"] == "all" else f"{group['by']} {group['name']}"
+        counts = [str(group[kind] or EMPTY) for kind in ("harmful", "benign")]
+        rows.append([name, *counts, *(or_dash(rate, text) for rate in rates)])
     return without_empty(columns, rows)
+
+
+def reason_table(results: Results) -> Table:
+    """A row for each judge and reason why replies are unscored."""
+    rows = [
+        [judge, reason, str(count)]
+        for judge, reasons in results["unscored_reasons"].items()
+        for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])
+    ]
+    return Table(["judge", "why replies are unscored", "replies"], rows)
+
+
+def agreement_lines(results: Results) -> list[str]:
+    """`agreement of small and keyword on refusal: kappa 0.814 [0.77, 0.86], n 868, 13 unscored`."""
+    return [
+        f"agreement of {rater} and {other} on {question}: kappa {kappa}, n {n}, {unscored} unscored"
+        for question, figures in results["agreement"].items()
+        for rater, other, kappa, _, n, unscored in agreement_rows(figures).rows
+    ]
