@@ -18,6 +18,8 @@ from cmrm.report.tables import (
 
 PERSON = "person"
 """Name of a person's labels among the raters of results."""
+LEAST = 20
+"""Scored replies from which on an agreement of a card is shown."""
 NOT_MEASURED = "agreement with people not measured"
 """Text for a judge without a card and without labels."""
 
@@ -45,7 +47,8 @@ def judge_lines(results: Results) -> list[str]:
 
 def _whole_sets(card: Sequence[MeasuredAgreement]) -> list[MeasuredAgreement]:
     """Agreements over all models and languages of a set; of its parts where there are none."""
-    whole = [row for row in card if row.model is None] or list(card)
+    enough = [row for row in card if row.n >= LEAST] or list(card)
+    whole = [row for row in enough if row.model is None] or enough
     several = {row.set for row in whole if row.language is None}
     return [row for row in whole if row.language is None or row.set not in several]
 
