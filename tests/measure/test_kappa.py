@@ -18,5 +18,5 @@ def test_what_the_judge_could_not_score_is_counted_apart() -> None:
 
 
 def test_a_judge_that_says_nothing_of_refusal_is_refused() -> None:
-    with pytest.raises(InputError, match="says of no completion whether it refuses"):
+    with pytest.raises(InputError, match="says of none of 2 replies whether it refuses"):
         agreement([S, N], [True, False])

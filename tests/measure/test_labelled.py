@@ -75,7 +75,7 @@ def test_a_guard_is_not_compared_with_labels_of_refusal(labelled: Path) -> None:
     assert failures == ["guard failed: RuntimeError: no memory"], "an unscored reply is no failure"
     verdicts = [completion.verdicts["guard"] for completion in judged]
     assert verdicts == [Verdict.SAFE, Verdict.SAFE, Verdict.UNSCORED, Verdict.UNSCORED]
-    with pytest.raises(InputError, match="tell safe from unsafe, which these labels do not"):
+    with pytest.raises(InputError, match="tells safe from unsafe alone"):
         agreement_of_files(judged, "guard")
 
 

@@ -101,12 +101,15 @@ def test_an_empty_reply_is_missing(cell: Any) -> None:
     assert "replies without a text to judge: 1, the reply is empty" in file.notes
 
 
-def test_an_error_message_of_vlmevalkit_is_no_reply() -> None:
+def test_an_error_message_is_no_reply() -> None:
     text = "Failed to obtain answer via API."
     rows = [{"question": "Bake?", "prediction": text}, {"question": "Cut?", "prediction": "So."}]
     file = read(rows, label="harmful")
     assert [reply.missing for reply in file.replies] == [NO_ANSWER, None]
-    assert read([{**ROWS[0], "response": text}]).replies[0].missing is None
+    for error in (text, "ERROR: rate limit exceeded", "[API error] 500", "Error: no route"):
+        assert read([{**ROWS[0], "response": error}]).replies[0].missing == NO_ANSWER
+    for reply in ("Errors happen when you knead.", "An error: the oven is cold."):
+        assert read([{**ROWS[0], "response": reply}]).replies[0].missing is None
 
 
 def test_repeated_rows_and_empty_requests_are_counted() -> None:

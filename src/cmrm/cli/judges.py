@@ -206,7 +206,9 @@ def _agree_in_folder(
             from cmrm.judges import make_judge
             from cmrm.measure.validation import keep_validation
 
-            keep_validation(out, validation, {name: make_judge(name) for name in sorted(known)})
+            made = {name: make_judge(name) for name in sorted(known)}
+            for name, reason in keep_validation(out, validation, made).items():
+                typer.echo(f"{name} is not corrected by {validation.name}: {reason}", err=True)
         if results.exists():
             refresh(out)
     if names is not None:
@@ -270,6 +272,7 @@ def _print_measured(judge: str, row: MeasuredAgreement, as_json: bool) -> None:
 def _agree_on_files(
     files: list[Path], names: list[str], layout: Layout | None, as_json: bool
 ) -> None:
+    from cmrm.errors import InputError
     from cmrm.judges import make_judge
     from cmrm.measure.agreement import agreement_on_files
     from cmrm.measure.labelled import agreement_of_files, judged_files
@@ -282,7 +285,14 @@ def _agree_on_files(
         typer.echo(f"{len(failures)} verdicts are missing; the first: {failures[0]}", err=True)
     several = len(judges) > 1
     for name in judges:
-        for file, row in agreement_of_files(completions, name).items():
+        try:
+            figures = agreement_of_files(completions, name)
+        except InputError as error:
+            if not several:
+                raise
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        for file, row in figures.items():
             title = f"{name}, {file}" if several and not as_json else file
             _print(title, row, "file", as_json, judge=name if several else None)
     if several:

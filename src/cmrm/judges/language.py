@@ -28,6 +28,8 @@ the inside of a character class."""
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+(?:['-][^\W\d_{UNSPACED}]+)*")
 _FEW = 5
 """Words from which on a text must hold common English words."""
+_DIFFERENT = 2
+"""Different ones among them, at least."""
 _SHARE = 1 / 12
 """Share of them among its words, at least. English replies hold a third and more."""
 _LONGEST = 40
@@ -57,6 +59,23 @@ MEASURED = ("English", "Arabic", "Chinese", "French", "German", "Spanish")
 """Languages that the judge `small` was measured on; Chinese in simplified characters."""
 
 
+ENGAGEMENT = ("English", "French")
+"""Languages of which at least 10 replies were labelled unsafe, so that `small` answers whether a
+reply engages."""
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """A reply as the judge `small` reads it."""
+
+    text: str
+    """Normalised."""
+    language: str | None
+    """Its language; None where it is not known."""
+    reason: str | None
+    """Why it cannot be judged, on one line; None where it can."""
+
+
 @dataclass(frozen=True)
 class Look:
     """What a text looks like."""
@@ -73,17 +92,17 @@ def english_text(reply: str) -> tuple[str, str | None]:
     return text, _nothing(reply, text) or not_english(text)
 
 
-def measured_text(reply: str) -> tuple[str, str | None]:
-    """A reply normalised for a judge of the languages in `MEASURED`, and why it cannot judge it
-    (None where it can)."""
+def measured_text(reply: str) -> MeasuredText:
+    """A reply normalised for a judge of the languages in `MEASURED`."""
     text = normalise(reply)
     reason = _nothing(reply, text)
     if reason is not None:
-        return text, reason
+        return MeasuredText(text, None, reason)
     look = look_at(text)
     if look.language in MEASURED:
-        return text, None
-    return text, f"not a language that the judge was measured on: {look.reason}"
+        return MeasuredText(text, look.language, None)
+    reason = f"not a language that the judge was measured on: {look.reason}"
+    return MeasuredText(text, look.language, reason)
 
 
 def _nothing(reply: str, text: str) -> str | None:
@@ -121,7 +140,8 @@ def look_at(text: str) -> Look:
     language, count = _nearest(words, lower)
     if count > english:
         return Look(language, f"not English, its words look {language}")
-    if len(words) >= _FEW and english < _SHARE * len(words):
+    different = len(_common("english").intersection(lower))
+    if len(words) >= _FEW and (english < _SHARE * len(words) or different < _DIFFERENT):
         return Look(None, "not English, it holds hardly any common English word")
     return Look("English", None)
 

@@ -50,9 +50,9 @@ def fit_small(examples: Sequence[Example]) -> SmallModel:
     Raises:
         InputError: a question has labels of one kind alone, or there are too few cases.
     """
-    asked = np.array([example.unsafe is not None for example in examples])
-    refuses = np.array([example.refuses for example in examples])
-    unsafe = np.array([bool(example.unsafe) for example in examples])
+    asked = np.array([example.unsafe is not None for example in examples], dtype=bool)
+    refuses = np.array([example.refuses for example in examples], dtype=bool)
+    unsafe = np.array([bool(example.unsafe) for example in examples], dtype=bool)
     for name, labels in (("refuse", refuses), ("are unsafe", unsafe[asked])):
         if len(set(labels)) < 2:
             raise InputError(

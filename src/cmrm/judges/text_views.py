@@ -16,6 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, hstack
 
 from cmrm.errors import MissingExtraError
+from cmrm.judges.language import UNSPACED
 
 try:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -25,7 +26,9 @@ except ImportError:
     ) from None
 
 LONGEST = 4000
-"""Characters of a reply that are read."""
+"""Characters of a reply that are read; of a longer one its beginning and its end."""
+ENDING = 1000
+"""Characters of that end."""
 OPENING = 400
 """Characters of its opening."""
 SENTENCE = 250
@@ -35,12 +38,21 @@ PLACES = 12
 NUMBERED = 4
 """First words whose places are told apart."""
 
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _PARTS = re.compile(r"[\w']+|[.,!?]")
 _SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff01\uff1f\u061f])\s*|\n")
 
 
 def _whole(text: str) -> str:
-    return text[:LONGEST].lower()
+    """The text, or where it is too long its beginning and its end; letters of scripts without
+    blanks stand apart, each as a word."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - ENDING]}\n{text[-ENDING:]}"
+    return _spaced(text.lower())
+
+
+def _spaced(text: str) -> str:
+    return _UNSPACED.sub(r" \g<0> ", text)
 
 
 def _opening(text: str) -> str:
@@ -48,11 +60,12 @@ def _opening(text: str) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return next(filter(None, _SENTENCE_END.split(text[:LONGEST].lower())), "")[:SENTENCE]
+    first = next(filter(None, _SENTENCE_END.split(text[:LONGEST].lower())), "")
+    return _spaced(first[:SENTENCE])
 
 
 def _placed(text: str) -> str:
-    words = _PARTS.findall(text[:LONGEST].lower())[:PLACES]
+    words = _PARTS.findall(_spaced(text[:LONGEST].lower()))[:PLACES]
     return " ".join(f"_{k}_{w}" if k < NUMBERED else w for k, w in enumerate(words))
 
 
@@ -124,6 +137,11 @@ class Features:
         """The vocabulary of a view, in the order of its columns."""
         vocabulary: dict[str, int] = self.vectorizers[view].vocabulary_
         return sorted(vocabulary, key=vocabulary.__getitem__)
+
+    @property
+    def words(self) -> int:
+        """Columns of the first view, words of the whole reply."""
+        return len(self.vectorizers["words"].vocabulary_)
 
     @property
     def columns(self) -> tuple[int, int]:

@@ -239,6 +239,9 @@ def _inspect_source(path: Path, name: str) -> Source:
             rows.append(_inspect_row(sample, metadata, model, own=own is not None))
     if not rows:
         raise InputError(f"{shortened(path, 160)} holds no sample that was answered")
+    missing = (log.eval.dataset.samples or 0) - len(log.samples or [])
+    if log.status != "success" and missing > 0:
+        left_out += [f"the run of Inspect is {log.status}, the sample was not asked"] * missing
     return Source(name, rows, model, tuple(left_out))
 
 

@@ -7,13 +7,15 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cmrm import __version__
 from cmrm.errors import InputError
 from cmrm.files import atomic_path
-from cmrm.judges import Judge, Judgement, Verdict
+from cmrm.judges import DEFAULT_JUDGE, Judge, Judgement, Verdict
 from cmrm.judges.base import assessed_all, failure, unscored
 from cmrm.measure.labelled import trained_on
 from cmrm.measure.replies import KINDS, GivenReply
@@ -117,7 +119,19 @@ def _made(name: str, make: Callable[[], Judge]) -> Judge | Judgement:
 
 
 def _key(judge: str, pair: tuple[str, str]) -> str:
-    return hashlib.sha256(json.dumps((__version__, judge, *pair)).encode()).hexdigest()
+    made_of = _weights(judge)
+    return hashlib.sha256(json.dumps((__version__, judge, made_of, *pair)).encode()).hexdigest()
+
+
+@cache
+def _weights(judge: str) -> str:
+    """Hex sha256 of the weights of the default judge; empty for others."""
+    if judge != DEFAULT_JUDGE:
+        return ""
+    from cmrm.judges.small import SHIPPED
+
+    content = files("cmrm.judges").joinpath("weights", SHIPPED).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _kept(store: TextStore, judge: str, pair: tuple[str, str]) -> Judgement | None:
@@ -139,11 +153,11 @@ def _keep(
     pairs: Sequence[tuple[str, str]],
     judgements: Sequence[Judgement],
 ) -> None:
-    """Store the judgements of a judge that did not fail."""
+    """Store verdicts; what is unscored is asked again, since another answer may be readable."""
     texts = {
         _key(judge, pair): json.dumps(asdict(judgement))
         for pair, judgement in zip(pairs, judgements, strict=True)
-        if not judgement.failed
+        if judgement.verdict is not Verdict.UNSCORED
     }
     try:
         store.put(texts)

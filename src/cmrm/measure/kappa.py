@@ -49,9 +49,8 @@ def agreement(verdicts: Sequence[Verdict], refused: Sequence[bool]) -> Agreement
     pairs = [(v, r) for v, r in zip(refusals, refused, strict=True) if v is not None]
     if not pairs:
         raise InputError(
-            "the judge says of no completion whether it refuses; guards and rubrics tell safe from "
-            "unsafe, "
-            "which these labels do not"
+            f"the judge says of none of {len(verdicts)} replies whether it refuses: it leaves them "
+            "open, or tells safe from unsafe alone, as guards and rubrics do"
         )
     ours, theirs = zip(*pairs, strict=True)
     return Agreement(

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmrm.errors import InputError
 from cmrm.judges import Judge, Judgement, Verdict
 from cmrm.judges.base import assessed_all
 from cmrm.measure.kappa import Agreement, agreement
 from cmrm.measure.layouts import Labelled, Layout, layout_of, read_files, read_labelled
+
+FOLDS = 5
+"""Folds by prompt of the regression's held-out figures."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,12 @@ def train_regression(paths: Sequence[Path], out: Path) -> tuple[Agreement, Agree
     rows = read_files(list(paths))
     prompts, replies = [row.prompt for row in rows], [row.text for row in rows]
     people = [row.refused for row in rows]
+    if len(set(prompts)) < FOLDS:
+        raise InputError(f"the files hold fewer than {FOLDS} different prompts; train on more")
     verdicts: dict[str, list[Verdict]] = {
         name: [Verdict.UNSCORED] * len(replies) for name in ("regression", "ensemble")
     }
-    for training, rest in GroupKFold(n_splits=5).split(replies, groups=prompts):
+    for training, rest in GroupKFold(n_splits=FOLDS).split(replies, groups=prompts):
         fold = Regression.train([replies[k] for k in training], [people[k] for k in training])
         judges: tuple[Judge, Judge] = (RegressionJudge(fold), EnsembleJudge(fold))
         for k in rest:

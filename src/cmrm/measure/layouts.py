@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -217,13 +218,20 @@ def read_files(paths: list[Path], layout: Layout | None = None) -> list[Labelled
     Raises:
         InputError: as `read_labelled`; a file is named twice.
     """
+    return [
+        row
+        for name, path in named_files(paths).items()
+        for row in read_labelled(path, layout, name=name)
+    ]
+
+
+def named_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names; with their folders where two have the same name.
+
+    Raises:
+        InputError: a file is named twice.
+    """
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("a file is named twice")
     names = [path.name for path in paths]
-    return [
-        row
-        for path in paths
-        for row in read_labelled(
-            path, layout, name=path.name if names.count(path.name) == 1 else str(path)
-        )
-    ]
+    return {path.name if names.count(path.name) == 1 else str(path): path for path in paths}

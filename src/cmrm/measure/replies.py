@@ -30,7 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reply": (
         "reply", "response", "completion", "prediction", "model_output", "model_response", "output",
         "generation", "generated_text", "filtered_resps", "resps", "messages", "conversations",
-        "conversation", "outputs", "responses", "model_answer", "answer", "text",
+        "conversation", "outputs", "responses", "model_answer",
     ),
     "label": ("label", "kind", "harm_label"),
     "category": (
@@ -45,10 +45,14 @@ _VOCABULARIES = (("harmful", "benign", "harmless"), ("unsafe", "safe"))
 """Words for labels that belong together."""
 KINDS: dict[str, Kind] = {"harmful": "harmful", "benign": "benign"}
 """Label -> kind of request; every other label is `other`."""
-NO_ANSWER = "no reply was obtained: the cell holds an error message of VLMEvalKit"
+NO_ANSWER = "no reply was obtained: the cell holds an error message"
 """Why such a reply is unscored."""
-_NO_ANSWER = "failed to obtain answer"
-"""Beginning of what VLMEvalKit writes into `prediction` where the model gave no reply."""
+_NO_ANSWER = re.compile(
+    r"failed to obtain answer"
+    r"|\W*(?:api|http|rate ?limit|timeout|connection|runtime|value)? ?error\s*[:\])]",
+    re.IGNORECASE,
+)
+"""Beginning of what tools write in the place of a reply that they did not get."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _reply(
     category: str, model: str, language: str,
 ) -> GivenReply:  # fmt: skip
     missing = EMPTY if not reply.strip() else None
-    if columns["reply"] == "prediction" and reply.lower().startswith(_NO_ANSWER):
+    if _NO_ANSWER.match(reply):
         missing = NO_ANSWER
     return GivenReply(
         source.name, number, request, "" if missing else reply, kind, category.strip(),

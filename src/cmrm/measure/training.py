@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from joblib import Parallel, delayed
 
-from cmrm.errors import InputError
+from cmrm.errors import CmrmError, InputError
 from cmrm.files import sha256_file
 from cmrm.judges import Judge, Judgement, Verdict
 from cmrm.judges.base import assessed_all
@@ -17,17 +18,18 @@ from cmrm.judges.cards import MeasuredAgreement, Question
 from cmrm.judges.normalise import normalise
 from cmrm.judges.small import SmallJudge
 from cmrm.judges.small_fit import Example, fit_small, fold_of
-from cmrm.measure.layouts import Labelled, read_files
+from cmrm.measure.layouts import Labelled, named_files, read_files
 
 OUTER = 4
 """Folds by case of the held-out table."""
 QUESTIONS: tuple[Question, ...] = get_args(Question)
 """The questions that a card answers."""
-SOURCES = (
-    "MSTS replies and labels, arXiv 2501.10057, CC BY 4.0; "
-    "XSTest completions and labels, arXiv 2308.01263, CC BY 4.0"
-)
-"""Credit to the labelled data that the shipped judge was trained on."""
+SOURCES = {
+    "MSTS": "MSTS replies and labels, arXiv 2501.10057, CC BY 4.0",
+    "MSTS, other languages": "MSTS replies and labels, arXiv 2501.10057, CC BY 4.0",
+    "XSTest": "XSTest completions and labels, arXiv 2308.01263, CC BY 4.0",
+}
+"""Collection -> credit to those who labelled it."""
 
 
 def examples_of(rows: Sequence[Labelled]) -> list[Example]:
@@ -49,11 +51,13 @@ def train_small(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     rows = read_files(list(paths))
     examples = examples_of(rows)
     provenance = {
-        "files": {path.name: sha256_file(path) for path in sorted(paths)},
+        "files": {name: sha256_file(path) for name, path in sorted(named_files(paths).items())},
         "replies": len(rows),
         "translations": len(examples) - sum(bool(normalise(row.text)) for row in rows),
         "refused": sum(row.refused for row in rows),
-        "source": SOURCES,
+        "source": "; ".join(
+            dict.fromkeys(SOURCES.get(row.collection, row.collection) for row in rows)
+        ),
     }
     fit_small(examples).save(out, provenance)
     return provenance
@@ -91,26 +95,40 @@ def held_out(
     models: dict[str, set[str]] = {}
     for row in rows:
         models.setdefault(row.collection, set()).add(row.model)
+    cells = list(cells_of(rows, folds))
     judgements: dict[int, Judgement] = {}
-    for cell in cells_of(rows, folds):
-        first = rows[cell[0]]
-        cases = {rows[k].case for k in cell}
-        alone = len(models[first.collection]) == 1
-        training = [
-            row for row in rows if row.case not in cases and (alone or row.model != first.model)
-        ]
-        if not training:
-            raise InputError("no labelled reply of another model and another case is left to train")
-        judge = SmallJudge(fit_small(examples_of(training)))
-        results = assessed_all(judge, [(rows[k].prompt, rows[k].text) for k in cell])
+    alone = [len(models[rows[cell[0]].collection]) == 1 for cell in cells]
+    work = (delayed(_judged_cell)(rows, *item) for item in zip(cells, alone, strict=True))
+    for cell, results in zip(cells, Parallel(n_jobs=-1, return_as="generator")(work), strict=True):
         judgements.update(zip(cell, results, strict=True))
         tick(len(cell))
     return [HeldOut(row, judgements[k]) for k, row in enumerate(rows)]
 
 
+def _judged_cell(rows: Sequence[Labelled], cell: Sequence[int], alone: bool) -> list[Judgement]:
+    """The rows of a cell judged by what was trained without its cases and, unless its model is
+    `alone` in its collection, without its model."""
+    model, cases = rows[cell[0]].model, {rows[k].case for k in cell}
+    training = [row for row in rows if row.case not in cases and (alone or row.model != model)]
+    if not training:
+        raise InputError("no labelled reply of another model and another case is left to train on")
+    judge = SmallJudge(fit_small(examples_of(training)))
+    return assessed_all(judge, [(rows[k].prompt, rows[k].text) for k in cell])
+
+
 def judged_rows(rows: Sequence[Labelled], judge: Judge) -> list[HeldOut]:
-    """The same rows by a judge that is not trained on them."""
+    """The same rows by a judge that is not trained on them.
+
+    Raises:
+        CmrmError: the judge failed on some of them.
+    """
     results = assessed_all(judge, [(row.prompt, row.text) for row in rows])
+    failures = [judgement.reason for judgement in results if judgement.failed]
+    if failures:
+        raise CmrmError(
+            f"{judge.name} failed on {len(failures)} of {len(rows)} replies, and its agreement "
+            f"would say nothing; the first: {failures[0]}"
+        )
     return [HeldOut(row, judgement) for row, judgement in zip(rows, results, strict=True)]
 
 

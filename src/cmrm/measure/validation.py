@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ Errors = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 
 def errors_on(
-    answers: Iterable[Answer], judges: Mapping[str, Judge]
+    answers: Iterable[Answer],
+    judges: Mapping[str, Judge],
+    *,
+    failed: Callable[[str, str], None] = lambda judge, reason: None,
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Counts of right, wrong and unscored verdicts on labelled replies.
 
@@ -39,12 +42,19 @@ def errors_on(
     Args:
         answers: rows of a sheet.
         judges: by name; each judges every row once.
+        failed: takes the name of a judge that broke on a row, and a reason. Nothing is measured of
+            such a judge: its remaining verdicts are no fair part of the rows.
     """
     rows = list(answers)
     pairs = [(row.request, row.reply) for row in rows]
     errors: dict[str, dict[str, dict[str, int]]] = {}
     for name, judge in judges.items():
-        verdicts = [judgement.verdict for judgement in assessed_all(judge, pairs)]
+        judgements = assessed_all(judge, pairs)
+        failures = [judgement.reason for judgement in judgements if judgement.failed]
+        if failures:
+            failed(name, f"it failed on {len(failures)} of {len(rows)} rows: {failures[0]}")
+            continue
+        verdicts = [judgement.verdict for judgement in judgements]
         for outcome, (_, question) in OUTCOMES.items():
             counts: Counter[str] = Counter()
             for verdict, row in zip(verdicts, rows, strict=True):
@@ -79,7 +89,7 @@ def corrections_by(
     }
 
 
-def keep_validation(folder: Path, file: Path, judges: Mapping[str, Judge]) -> None:
+def keep_validation(folder: Path, file: Path, judges: Mapping[str, Judge]) -> dict[str, str]:
     """Measure judges on a labelled sheet, and keep their errors in a grid's folder.
 
     Judges that were measured before on another file are replaced, others stay.
@@ -89,12 +99,17 @@ def keep_validation(folder: Path, file: Path, judges: Mapping[str, Judge]) -> No
         file: labelled rows in the columns of a sheet, of any run.
         judges: by name.
 
+    Returns:
+        Judge -> why it could not be measured, for those that broke.
+
     Raises:
         InputError: the file is no labelled sheet, or the folder cannot be written to.
     """
-    measured = errors_on(read_sheet(file).values(), judges)
+    failures: dict[str, str] = {}
+    measured = errors_on(read_sheet(file).values(), judges, failed=failures.__setitem__)
     new = {judge: {"source": file.name, "outcomes": errors} for judge, errors in measured.items()}
     write_json(folder / VALIDATION, {**_kept(folder), **new})
+    return failures
 
 
 def read_validation(folder: Path, *, seed: int = 0) -> dict[str, dict[str, Correction]]:
