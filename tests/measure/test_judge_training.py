@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from joblib import parallel_config
 from typer.testing import CliRunner
 
 from cmrm.cli.main import app
@@ -72,7 +73,8 @@ def test_held_out_replies_are_judged_by_what_saw_neither_model_nor_case(
 
     monkeypatch.setattr("cmrm.measure.training.fit_small", fit)
     data = rows()
-    results = held_out(data, folds=2)
+    with parallel_config(backend="sequential"):
+        results = held_out(data, folds=2)
     assert [result.row for result in results] == data
     for cell, (groups, _) in zip(cells_of(data, 2), seen, strict=True):
         assert not groups & {data[k].case for k in cell}
