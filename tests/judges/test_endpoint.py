@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -27,22 +26,7 @@ from judges.endpoints import (
     choice,
     judge_at,
     rows,
-    serving,
 )
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses that the judge makes, in seconds; none is waited for."""
-    seconds: list[float] = []
-    monkeypatch.setattr("cmrm.judges.endpoint.time.sleep", seconds.append)
-    return seconds
 
 
 def test_a_reply_is_asked_about_once(endpoint: Endpoint, tmp_path: Path) -> None:

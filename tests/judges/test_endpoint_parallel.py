@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,8 @@ from judges.endpoints import (
     choice,
     judge_at,
     rows,
-    serving,
     verdict_word,
 )
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses that the judge makes, in seconds; none is waited for."""
-    seconds: list[float] = []
-    monkeypatch.setattr("cmrm.judges.endpoint.time.sleep", seconds.append)
-    return seconds
 
 
 def test_requests_are_made_in_parallel_and_answers_keep_their_order(

@@ -19,6 +19,7 @@ from cmrm.measure.labelled import judged_files
 from cmrm.measure.layouts import MSTS, MSTS_LANGUAGES, XSTEST, Labelled, read_files, read_labelled
 from cmrm.measure.training import (
     HeldOut,
+    between_people,
     calibration_error,
     cells_of,
     held_out,
@@ -146,6 +147,18 @@ def test_layouts_are_recognised_by_their_columns() -> None:
     assert {r.language for r in data if r.collection == MSTS_LANGUAGES.name} == {
         "arabic", "chinese", "french", "german", "spanish",
     }  # fmt: skip
+
+
+@needs_data
+def test_people_among_themselves() -> None:
+    kappas = between_people(read_files(FILES))
+    assert {question: (round(k or 0, 2), n) for question, (k, n) in kappas.items()} == {
+        "refusal": (0.86, 1000), "unsafe": (0.76, 1000),
+    }  # fmt: skip
+
+
+def test_without_two_people_nothing_is_said_of_them() -> None:
+    assert between_people(rows()) == {}
 
 
 @needs_data

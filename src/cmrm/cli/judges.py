@@ -226,7 +226,13 @@ def _agree_held_out(
     from cmrm.judges import DEFAULT_JUDGE, make_judge
     from cmrm.judges.cards import write_cards
     from cmrm.measure.layouts import read_files
-    from cmrm.measure.training import calibration_error, held_out, judged_rows, table_of
+    from cmrm.measure.training import (
+        between_people,
+        calibration_error,
+        held_out,
+        judged_rows,
+        table_of,
+    )
 
     rows = read_files(files, layout)
     others = {name: make_judge(name) for name in names if name != DEFAULT_JUDGE}
@@ -246,6 +252,9 @@ def _agree_held_out(
         write_cards(cards, lines)
     for name, row in lines:
         _print_measured(name, row, as_json)
+    for question, (kappa, n) in between_people(rows).items():
+        if kappa is not None and not as_json:
+            typer.echo(f"two people among themselves, {question}: kappa {kappa:.3f}  n {n}")
     for name, judged in results.items():
         for question in ("refusal", "unsafe"):
             error = calibration_error(judged, question)

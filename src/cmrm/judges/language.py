@@ -60,8 +60,9 @@ MEASURED = ("English", "Arabic", "Chinese", "French", "German", "Spanish")
 
 
 ENGAGEMENT = ("English", "French")
-"""Languages of which at least 10 replies were labelled unsafe, so that `small` answers whether a
-reply engages."""
+"""Languages of which at least 10 replies were labelled unsafe, so that `small` may say that a reply
+does not engage. Of the other measured ones it may say that a reply engages, and never that it does
+not."""
 
 
 @dataclass(frozen=True)

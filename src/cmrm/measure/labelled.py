@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmrm.errors import InputError
@@ -20,7 +20,7 @@ FOLDS = 5
 class Completion(Labelled):
     """A reply that people labelled, and the judges' verdicts on it."""
 
-    verdicts: Mapping[str, Verdict]
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     """Judge -> verdict."""
 
 

@@ -43,6 +43,8 @@ class Layout:
     """Column of the reply's language; None: English."""
     translation: str | None = None
     """Column of the reply's English translation."""
+    annotators: tuple[str, str] | None = None
+    """Columns of two people's own labels, where they are published."""
 
 
 XSTEST = Layout()
@@ -60,6 +62,7 @@ _MSTS_SAFE = (
 MSTS = Layout(
     "MSTS", "prompt_text", "response", "final_taxonomy", _MSTS_REFUSED,
     (*_MSTS_SAFE, *_MSTS_UNSAFE), _MSTS_UNSAFE, "model", "case_id",
+    annotators=("annot1_label", "annot2_label"),
 )  # fmt: skip
 """MSTS's English replies of vision-language models (arXiv 2501.10057)."""
 MSTS_LANGUAGES = replace(
@@ -68,6 +71,7 @@ MSTS_LANGUAGES = replace(
     label="annot1_label",
     language="language",
     translation="response_translated",
+    annotators=None,
 )
 """MSTS's replies in other languages, with translations."""
 KNOWN = (MSTS_LANGUAGES, MSTS, XSTEST)
@@ -145,6 +149,8 @@ class Labelled:
     """Whether people call it a refusal, whole or in part."""
     unsafe: bool | None
     """Whether people call it unsafe; None where the labels do not say."""
+    annotators: tuple[tuple[bool, bool], ...] = ()
+    """Of each of two people: whether the reply refuses, and whether it is unsafe."""
 
 
 def read_labelled(path: Path, layout: Layout | None = None, *, name: str = "") -> list[Labelled]:
@@ -209,6 +215,10 @@ def _row(row: dict[str, str], layout: Layout, name: str, stem: str, number: int)
         translation=row[layout.translation] if layout.translation else None,
         refused=label in layout.refused,
         unsafe=label in layout.unsafe if layout.unsafe else None,
+        annotators=tuple(
+            (row.get(column) in layout.refused, row.get(column) in layout.unsafe)
+            for column in layout.annotators or ()
+        ),
     )
 
 

@@ -64,13 +64,13 @@ def results_of_replies(
 
 
 def _outcome(reply: GivenReply, judgements: Judgements, place: int) -> Outcome:
-    given = {name: j for name, row in judgements.items() if (j := row[place]) is not None}
+    judged = {name: j for name, row in judgements.items() if (j := row[place]) is not None}
     return Outcome(
         reply.id, reply.kind, reply.category, reply.request, reply.reply,
-        {name: j.verdict.value for name, j in given.items()},
-        {name: j.reason for name, j in given.items() if j.reason and not j.failed},
-        {name: j.reason for name, j in given.items() if j.reason and j.failed},
-        probabilities={n: pair for n, j in given.items() if (pair := j.probabilities) is not None},
+        {name: j.verdict.value for name, j in judged.items()},
+        {name: j.reason for name, j in judged.items() if j.reason and not j.failed},
+        {name: j.reason for name, j in judged.items() if j.reason and j.failed},
+        probabilities={n: pair for n, j in judged.items() if (pair := j.probabilities) is not None},
     )  # fmt: skip
 
 

@@ -208,6 +208,25 @@ def _grouped(
     return groups
 
 
+def between_people(rows: Sequence[Labelled]) -> dict[Question, tuple[float | None, int]]:
+    """Question -> Cohen's kappa of the two people who labelled alone, and their replies.
+
+    Empty where no file publishes both people's labels.
+    """
+    from cmrm.measure.kappa import kappa_of
+
+    twice = [row.annotators for row in rows if len(row.annotators) == 2]
+    if not twice:
+        return {}
+    kappas = {}
+    for place, question in enumerate(QUESTIONS):
+        first, second = (
+            [person[place] for person in people] for people in zip(*twice, strict=True)
+        )
+        kappas[question] = (kappa_of(first, second).kappa, len(twice))
+    return kappas
+
+
 def calibration_error(results: Sequence[HeldOut], question: str, bins: int = 10) -> float | None:
     """Expected calibration error in `bins` bins of equal width; None without probabilities.
 
