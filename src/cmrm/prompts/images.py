@@ -67,7 +67,7 @@ def open_picture(image: Picture, owner: str) -> Image.Image:
         return _decoded(*_image_file(image, owner), owner)
     try:
         return _upright_rgb(image, owner, "its image")
-    except Exception as error:
+    except Exception as error:  # decoders raise classes of every kind
         _refuse(error, owner, "its image")
 
 
@@ -201,7 +201,7 @@ def _decoded(source: bytes | Path, name: str, owner: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _upright_rgb(image, owner, name)
-    except Exception as error:
+    except Exception as error:  # decoders raise classes of every kind
         _refuse(error, owner, name)
 
 

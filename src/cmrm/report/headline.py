@@ -133,7 +133,7 @@ def cards(results: Results) -> list[Card]:
         text = title + (f"; corrected for the judge's errors: {corrected}" if corrected else "")
         text += "" if closed == EMPTY else f"; gap closed: {closed}"
         tone = "good" if key[1] != "none" else "bad" if key[0] == "original" else ""
-        line = judge_line(results, judge, "unsafe")
+        line = judge_line(results, judge, "unsafe", first=True)
         shown.append(Card(f"{100 * rate['rate']:.1f} %", text, tone, line))
     return shown if len(shown) <= MOST_CARDS else []
 
@@ -149,6 +149,8 @@ def _cards_of_replies(results: Results, judge: str) -> list[Card]:
         rate = rates.get(outcome)
         if rate is not None and rate["rate"] is not None:
             value, _, rest = rate_text(rate).partition(" [")
-            line = judge_line(results, judge, "unsafe" if outcome == "unsafe" else "refusal")
+            line = judge_line(
+                results, judge, "unsafe" if outcome == "unsafe" else "refusal", first=True
+            )
             shown.append(Card(value, f"{title}; [{rest}; n {rate['n']}", tone, line))
     return shown

@@ -24,13 +24,17 @@ NOT_MEASURED = "agreement with people not measured"
 """Text for a judge without a card and without labels."""
 
 
-def judge_line(results: Results, judge: str, question: str | None = None) -> str:
+def judge_line(
+    results: Results, judge: str, question: str | None = None, *, first: bool = False
+) -> str:
     """`small: kappa with people 0.78 on refusal (MSTS, n 1900); in this run 0.80 on unsafe (n 48)`.
 
     First stands what the judge's card says, then the labels of the run. `question`: figures on
-    that question where there are any; all figures when None.
+    that question where there are any; all figures when None. `first`: of the card the first figure
+    alone, for places with little room.
     """
     measured = [_card_text(row) for row in _of_question(_whole_sets(card_of(judge)), question)]
+    measured = measured[:1] if first else measured
     own = [
         f"{_kappa(pair['kappa'])} on {name} (n {pair['n']}{_unscored(pair['unscored'])})"
         for name, pair in _of_run(results, judge, question)
