@@ -1,31 +1,19 @@
-"""A tiny random LLaVA with a real processor, built from configs: every code path without a hub."""
+"""Fixtures that every folder of tests shares; the tiny model behind them is in `tiny.py`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest
+from PIL import Image
 
-from cmrm.model.compat import patch_torchvision
+from cmrm import Sample, wrap_vlm
+from cmrm.model.vlm import VLM
+from tiny import tiny_model, tiny_processor
 
-patch_torchvision()
-
-import pytest  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
-
-from cmrm import Sample, wrap_vlm  # noqa: E402
-from cmrm.model.vlm import VLM  # noqa: E402
-from families import llava  # noqa: E402
-
-
-def tiny_processor() -> LlavaProcessor:
-    return llava()[1]
-
-
-def tiny_model(*, n_layers: int = 3, width: int = 32) -> LlavaForConditionalGeneration:
-    return llava(num_hidden_layers=n_layers, hidden_size=width)[0]
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 
 from cmrm.demo.train import connect as connect_module
 from cmrm.demo.train.connect import packed_loss
-from conftest import tiny_model
+from tiny import tiny_model
 
 HEAD = [1, 50, 3, 3, 3, 3, 60]
 TURNS = [([70, 71, 72, 73], 2), ([80, 81, 82], 1), ([90, 91, 92, 93, 94], 3)]

@@ -24,7 +24,7 @@ from cmrm.measure.store import ReplyStore
 from cmrm.model.vlm import load_vlm
 from cmrm.prompts.conditions import FIVE, Request
 from cmrm.prompts.ours import prompt_samples
-from conftest import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor
 
 SMALL = replace(
     QUICK,

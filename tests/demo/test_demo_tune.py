@@ -14,7 +14,7 @@ from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.vlm import wrap_vlm
 from cmrm.prompts.ours import prompt_samples
 from cmrm.steering.setting import Steering
-from conftest import tiny_model
+from tiny import tiny_model
 
 
 def result(

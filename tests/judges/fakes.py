@@ -33,7 +33,7 @@ class Listener:
 
 def chat_tokenizer() -> Any:
     """The tests' own tokenizer, with a chat template."""
-    from conftest import tiny_processor
+    from tiny import tiny_processor
 
     tokenizer = tiny_processor().tokenizer
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -22,7 +22,7 @@ from cmrm.judges.guard import (
     parse_wildguard,
 )
 from cmrm.judges.rubrics import ModelAnswer
-from conftest import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor
 
 
 class Echo(torch.nn.Module):

@@ -20,7 +20,7 @@ from cmrm.measure.store import ReplyStore
 from cmrm.model.vlm import VLM, wrap_vlm
 from cmrm.prompts import Loaded
 from cmrm.prompts.conditions import CORRUPTED, Condition
-from conftest import tiny_model
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

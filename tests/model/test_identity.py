@@ -15,7 +15,7 @@ from cmrm import VLM, Sample, ShiftVectors, estimate_shift, load_vlm, wrap_vlm
 from cmrm.errors import ArtifactError
 from cmrm.model.identity import identity_of, public_name
 from cmrm.model.weights import checksum
-from conftest import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor
 
 IMAGE = Image.new("RGB", (16, 16), "red")
 ANCHORS = [Sample(f"a{k}", f"Tell me about paint {k}", IMAGE) for k in range(4)]

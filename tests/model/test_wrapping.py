@@ -16,7 +16,7 @@ from cmrm.errors import ModelError
 from cmrm.model.encode import encode
 from cmrm.model.vlm import load_vlm
 from cmrm.prompts.conditions import Request
-from conftest import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor
 
 IMAGE = Image.new("RGB", (16, 16), "red")
 ANCHORS = [Sample(f"a{k}", f"Tell me about paint {k}", IMAGE) for k in range(4)]

@@ -291,7 +291,7 @@ def test_an_artifact_of_another_model_steers_nothing(
     vlm: VLM, shift: ShiftVectors, anchors: list[Sample]
 ) -> None:
     from cmrm import wrap_vlm
-    from conftest import tiny_model, tiny_processor
+    from tiny import tiny_model, tiny_processor
 
     other = wrap_vlm(tiny_model(), tiny_processor(), model_id="other")
     for weight in other.model.parameters():

@@ -13,7 +13,7 @@ from cmrm.errors import ArtifactError, InputError, ModelError
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
-from conftest import tiny_model
+from tiny import tiny_model
 
 
 @pytest.fixture

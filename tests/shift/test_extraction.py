@@ -27,7 +27,7 @@ from cmrm.shift.moments import SKETCH, Moments
 from cmrm.shift.packing import packed_states
 from cmrm.shift.pair import Prefixes, PrefixPair
 from cmrm.shift.prefix import SharedPrefix
-from conftest import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor
 
 RED = Image.new("RGB", (16, 16), "red")
 
@@ -331,13 +331,13 @@ def test_a_checkpoint_of_another_run_is_refused(vlm: VLM, tmp_path: Path) -> Non
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-import conftest, torch
+import tiny, torch
 sys.path.insert(0, {here!r})
 from cmrm import estimate_shift, wrap_vlm
 from test_extraction import some
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-vlm = wrap_vlm(conftest.tiny_model(), conftest.tiny_processor(), model_id="tiny")
+vlm = wrap_vlm(tiny.tiny_model(), tiny.tiny_processor(), model_id="tiny")
 shift = estimate_shift(vlm, some(25), batch_size=4)
 shift.save({out!r} + f"/rank{{torch.distributed.get_rank()}}.safetensors")
 """

@@ -242,7 +242,7 @@ def test_hidden_states_are_the_steered_ones_whatever_ran_before(
     vlm: VLM, vectors: torch.Tensor
 ) -> None:
     from cmrm import wrap_vlm
-    from conftest import tiny_model, tiny_processor
+    from tiny import tiny_model, tiny_processor
 
     inputs = encode(vlm, [WITH])
     seen = []
@@ -395,7 +395,7 @@ def test_a_vector_beyond_the_models_dtype_is_refused_before_anything_runs(
     processor: Any, preserve_norm: bool
 ) -> None:
     from cmrm import wrap_vlm
-    from conftest import tiny_model
+    from tiny import tiny_model
 
     half = wrap_vlm(tiny_model().half(), processor)
     huge = torch.zeros(half.n_layers, half.hidden_size)

@@ -26,7 +26,7 @@ from cmrm.prompts.conditions import Condition, Request, build_request
 from cmrm.shift.capture import capture_inputs
 from cmrm.shift.estimate import sample_vectors
 from cmrm.steering.intervention import shift_intervention
-from conftest import tiny_model
+from tiny import tiny_model
 
 IMAGE = Image.new("RGB", (16, 16), "red")
 WITH = Request("what is it", (IMAGE,))

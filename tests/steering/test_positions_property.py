@@ -17,8 +17,8 @@ from cmrm.model.compat import cache_of, with_cache
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
-from conftest import tiny_model, tiny_processor
 from steering.reference import Script, Turn, recomputed, telescoped
+from tiny import tiny_model, tiny_processor
 
 POSITIONS = ("last", "all", "after_image", "generated", "last_prompt")
 IMAGES = tuple(Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
