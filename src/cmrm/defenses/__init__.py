@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from cmrm.defenses.adashield import AdaShieldStatic
 from cmrm.defenses.base import Defense, FitData, NoDefense, Stack, respond
 from cmrm.defenses.caption import CaptionSubstitution
-from cmrm.defenses.cmrm import CmrmDataset, CmrmSample
+from cmrm.defenses.cmrm import CmrmDataset, CmrmFill, CmrmGated, CmrmSample
 from cmrm.defenses.ecso import Ecso
 from cmrm.defenses.null_space import NullSpace
 from cmrm.defenses.refusal_direction import RefusalDirection
@@ -68,6 +68,8 @@ for _kind in (
     Ecso,
     CmrmDataset,
     CmrmSample,
+    CmrmFill,
+    CmrmGated,
     ShiftDC,
     NullSpace,
     RefusalDirection,

@@ -21,6 +21,7 @@ from cmrm.model.batching import in_batches
 from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import Artifact
+from cmrm.steering.gate import Gate
 from cmrm.steering.intervention import Intervention
 
 
@@ -69,6 +70,8 @@ class Defense:
 
     def __init__(self) -> None:
         self.state: dict[str, torch.Tensor] = {}
+        self.gate: Gate | None = None
+        self.records: dict[str, Any] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Defense:
         Raises:
             ArtifactError: the place cannot be written to.
         """
-        engine.artifact(self.state, self.name).save(path)
+        engine.artifact(self.state, self.name, self.gate, self.records).save(path)
 
     def load(self, path: Path, engine: Engine) -> None:
         """Read `state` as `save` wrote it.
@@ -141,6 +144,7 @@ class Defense:
             )
         engine.accept(artifact)
         self.state = dict(artifact.tensors)
+        self.gate, self.records = artifact.gate, dict(artifact.records)
 
     def fingerprint(self) -> str:
         """Hex sha256 of the fitted tensors."""
@@ -149,6 +153,8 @@ class Defense:
             for name, tensor in sorted(part.state.items()):
                 digest.update(f"\x00{part.name}\x00{name}\x00{tuple(tensor.shape)}\x00".encode())
                 digest.update(tensor.float().contiguous().numpy().tobytes())
+            if part.gate is not None:
+                digest.update(f"\x00{part.name}\x00gate {part.gate.key}".encode())
         return digest.hexdigest()
 
     def fitted(self, name: str) -> torch.Tensor:

@@ -1,22 +1,26 @@
-"""CMRM (Liu et al., arXiv 2410.09047) as defences: dataset level and sample level."""
+"""CMRM (Liu et al., arXiv 2410.09047) as defences: dataset level, sample level, fill and gated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from cmrm.defenses.base import Defense, FitData, typed
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
-from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.artifact import Provenance, ShiftVectors
 from cmrm.shift.estimate import Estimator, SampleLevel, check_estimator
+from cmrm.shift.gap import upper_half
+from cmrm.shift.harm_gate import FALSE_ALARMS, check_false_alarms
+from cmrm.shift.resolve import nonzero_layers, resolved
 from cmrm.steering.intervention import Intervention, shift_intervention
 from cmrm.steering.setting import PRESETS, Steering
 
 
 class _Steered(Defense):
-    """Settings of both levels: those of `Steering`, the corruption and its seed."""
+    """Settings of every level: those of `Steering`, the corruption and its seed."""
 
     source = "CMRM, arXiv 2410.09047"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -41,50 +45,133 @@ class _Steered(Defense):
 
 
 class CmrmDataset(_Steered):
-    """Vectors that are estimated once, on anchors; no extra pass."""
+    """Vectors that are estimated once, on anchors; no extra pass.
+
+    Under a setting with `fill` or a gate, the refusal direction and the gate are fitted with them.
+    """
 
     name = "cmrm_dataset"
     needs_fit = True
     fits_on_images = True
 
-    def __init__(self, *, estimator: Estimator = "pca", **setting: Any) -> None:
+    def __init__(
+        self,
+        *,
+        estimator: Estimator = "pca",
+        mixed: bool = False,
+        false_alarms: float = FALSE_ALARMS,
+        **setting: Any,
+    ) -> None:
+        """`mixed`: the shift is that of harmful and benign anchors together; `false_alarms`: share
+        of benign requests that a gate may take for harmful ones."""
         super().__init__(**setting)
         check_estimator(estimator)
+        typed("mixed", mixed, bool, "true or false")
+        check_false_alarms(false_alarms)
         self.estimator: Estimator = estimator
+        self.mixed = mixed
+        self.false_alarms = false_alarms
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of the steering, and the estimator."""
-        return {**super().settings, "estimator": self.estimator}
+        """Those of the steering, and of the estimate."""
+        made = {"estimator": self.estimator, "mixed": self.mixed, "false_alarms": self.false_alarms}
+        return {**super().settings, **made}
+
+    @property
+    def needs_benign(self) -> bool:
+        """Whether benign anchors are read with their images."""
+        return self.steering.gate or self.mixed or self.steering.operator == "fill"
 
     @property
     def fitted_by(self) -> tuple[object, ...]:
-        """Estimator, corruption and seed: variants that differ in their steering alone are fitted
-        once."""
-        return (self.estimator, self.level.corruption, self.level.seed)
+        """What decides the estimate: variants that differ in how it is used are fitted once."""
+        made = (self.estimator, self.level.corruption, self.level.seed, self.mixed)
+        if not self.needs_benign and self.steering.schedule != "sequential":
+            return made
+        steering = replace(self.steering, alpha=1.0)
+        return (*made, self.false_alarms, steering)
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """`shift.estimate.estimate_shift` on the harmful anchors, and those that are added to
-        them."""
+        them; on the benign ones too where the setting asks for them."""
         shift = engine.estimate_shift(
             data.shifted,
+            benign=data.benign if self.needs_benign else None,
             estimator=self.estimator,
             corruption=self.level.corruption,
             seed=self.level.seed,
+            mixed=self.mixed,
+            false_alarms=self.false_alarms,
+            recommended=self.steering,
             batch_size=data.batch_size,
         )
-        self.state = {"vectors": shift.vectors}
+        self._take(shift)
 
     def use(self, shift: ShiftVectors) -> None:
-        """Take the vectors of an artifact instead of fitting."""
-        self.state = {"vectors": shift.vectors}
+        """Take an artifact instead of fitting.
+
+        Raises:
+            InputError: it does not hold what the setting needs.
+        """
         self.estimator = shift.provenance.estimator or self.estimator  # type: ignore[assignment]
+        self.mixed = shift.provenance.benign_share > 0
+        self._take(shift)
+
+    def _take(self, shift: ShiftVectors) -> None:
+        self.state = {"vectors": shift.vectors, **shift.others}
+        self.gate, self.records = shift.gate, dict(shift.records)
 
     def intervene(
         self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
     ) -> list[Intervention]:
-        """Every row with an image by the same vectors."""
-        return [shift_intervention(self.fitted("vectors"), self.steering)]
+        """Every row with an image by the same vectors; under `fill` one pass over the texts."""
+        if not any(request.all_images for request in requests):
+            return []
+        return resolved(self._artifact(), self.steering, partial(engine.text_states, requests))
+
+    def _artifact(self) -> ShiftVectors:
+        """What was fitted, in the form that settings are resolved from."""
+        vectors = self.fitted("vectors")
+        others = {name: tensor for name, tensor in self.state.items() if name != "vectors"}
+        sequential = others.get("sequential")
+        layers = () if sequential is None else nonzero_layers(sequential)
+        n_layers, width = vectors.shape
+        made = Provenance("", None, "unknown", width, n_layers, sequential_layers=layers)
+        return ShiftVectors(vectors, made, self.steering, others, gate=self.gate)
+
+
+class CmrmFill(CmrmDataset):
+    """Raises the refusal coordinate to what the request has as text, once, in the upper half of the
+    layers; one extra pass over the text, on a cached prefix."""
+
+    name = "cmrm_fill"
+    source = "CMRM (arXiv 2410.09047) along the refusal direction (arXiv 2406.11717)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gated": {"gate": True}}
+
+    def __init__(self, *, operator: str = "fill", **setting: Any) -> None:
+        """See `CmrmDataset`; `layers` None: the upper half."""
+        super().__init__(operator=operator, **setting)
+
+    def intervene(
+        self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
+    ) -> list[Intervention]:
+        """The fill, in rows with an image."""
+        if self.steering.layers is None and not self.steering.gate:
+            self.steering = replace(self.steering, layers=upper_half(engine.n_layers))
+        return super().intervene(engine, requests, keys)
+
+
+class CmrmGated(CmrmDataset):
+    """Sequential vectors above a harm gate, for the rows that it opens for; no extra pass."""
+
+    name = "cmrm_gated"
+    source = "CMRM (arXiv 2410.09047), sequential, gated (after CAST, arXiv 2409.05907)"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, *, schedule: str = "sequential", gate: bool = True, **setting: Any) -> None:
+        """See `CmrmDataset`; `layers` None: all above the gate."""
+        super().__init__(schedule=schedule, gate=gate, **setting)
 
 
 class CmrmSample(_Steered):

@@ -16,6 +16,7 @@ from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import Artifact, ShiftVectors
 from cmrm.shift.estimate import SampleLevel
+from cmrm.steering.gate import Gate
 from cmrm.steering.intervention import Intervention
 
 
@@ -142,8 +143,14 @@ class Engine(ABC):
             f"the engine {self.name!r} cannot tell whether an artifact fits its model"
         )
 
-    def artifact(self, tensors: Mapping[str, torch.Tensor], estimator: str) -> Artifact:
-        """Fitted tensors of this model, float32 by name, as an artifact.
+    def artifact(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        estimator: str,
+        gate: Gate | None = None,
+        records: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Fitted tensors of this model, float32 by name, as an artifact, with a gate and records.
 
         Raises:
             EngineError: this engine does not know its model's identity.
@@ -158,6 +165,16 @@ class Engine(ABC):
             EngineError: this engine cannot read states.
         """
         raise EngineError(f"the engine {self.name!r} cannot read states of the residual stream")
+
+    def text_states(self, requests: Sequence[Request]) -> torch.Tensor:
+        """States of one batch of requests as text alone, without their images: float32 [N, L, d].
+
+        Raises:
+            EngineError: this engine cannot read states.
+        """
+        return self.states(
+            [request.without_images() for request in requests], batch_size=max(1, len(requests))
+        )
 
     def sample_shift(
         self, requests: Sequence[Request], level: SampleLevel, keys: Sequence[str] | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 
 from cmrm.engines.base import Decoding, Engine, Reply
@@ -17,6 +18,7 @@ from cmrm.prompts.conditions import Condition, Request, build_request, choose_do
 from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.shift.estimate import SampleLevel
+from cmrm.shift.resolve import resolved
 from cmrm.steering.intervention import Intervention, shift_intervention
 from cmrm.steering.setting import Steering
 
@@ -53,8 +55,8 @@ def generate(
         model: a VLM, or an engine, which keeps the beginnings of prompts between calls.
         samples: what is asked.
         condition: see `conditions`.
-        shift: None leaves the model untouched; vectors steer at dataset level; `SampleLevel()`
-            computes each row's own.
+        shift: None leaves the model untouched; an artifact steers as its setting says (`fill` runs
+            each request once as text); `SampleLevel()` computes each row's own shift.
         steering: setting; an artifact's recommended one, or the calibrated preset, when None.
         max_new_tokens: length limit of a reply, >= 1.
         batch_size: prompts per batch, >= 1. Prompts are batched by length.
@@ -149,10 +151,8 @@ def _interventions(
     keys: Sequence[str],
 ) -> list[Intervention]:
     """What is done to the model while it answers one batch."""
-    if shift is None:
+    if shift is None or not any(request.all_images for request in requests):
         return []
     if isinstance(shift, ShiftVectors):
-        return [shift_intervention(shift.vectors, steering or shift.recommended)]
-    if not any(request.all_images for request in requests):
-        return []
+        return resolved(shift, steering, partial(engine.text_states, requests))
     return [shift_intervention(engine.sample_shift(requests, shift, keys), steering or Steering())]

@@ -22,7 +22,8 @@ from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import Artifact, Provenance, ShiftVectors, library_versions
 from cmrm.shift.capture import capture
 from cmrm.shift.estimate import SampleLevel, estimate_shift, sample_vectors
-from cmrm.shift.pair import Prefixes
+from cmrm.shift.pair import Prefixes, text_states
+from cmrm.steering.gate import Gate
 from cmrm.steering.hooks import intervene
 from cmrm.steering.intervention import Intervention
 
@@ -186,8 +187,14 @@ class TransformersEngine(Engine):
         """Refuse an artifact of another model; see `shift.artifact.Artifact.check`."""
         artifact.check(self.vlm)
 
-    def artifact(self, tensors: Mapping[str, torch.Tensor], estimator: str) -> Artifact:
-        """Fitted tensors of this model, float32 by name, as an artifact."""
+    def artifact(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        estimator: str,
+        gate: Gate | None = None,
+        records: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Fitted tensors of this model as an artifact; see `Engine.artifact`."""
         vlm = self.vlm
         made = Provenance(
             vlm.model_id,
@@ -202,11 +209,19 @@ class TransformersEngine(Engine):
         whole = {
             name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()
         }
-        return Artifact(whole, made, identity=identity_of(vlm))
+        return Artifact(
+            whole, made, identity=identity_of(vlm), gate=gate, records=dict(records or {})
+        )
 
     def states(self, requests: Sequence[Request], *, batch_size: int = 16) -> torch.Tensor:
         """States at the last prompt token: float32 [N, L, d] on the CPU."""
         return capture(self.vlm, requests, batch_size=batch_size)
+
+    def text_states(self, requests: Sequence[Request]) -> torch.Tensor:
+        """States of one batch of requests as text alone, on the cached prefix: float32
+        [N, L, d]."""
+        with torch.inference_mode():
+            return text_states(requests, self.prefixes)
 
     def sample_shift(
         self, requests: Sequence[Request], level: SampleLevel, keys: Sequence[str] | None = None

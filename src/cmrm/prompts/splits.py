@@ -106,6 +106,21 @@ def split_by_content(
     return first, rest
 
 
+def refuse_overlap(harmful: Sequence[Sample], benign: Sequence[Sample]) -> None:
+    """Refuse anchors that are said to be harmful and benign.
+
+    Raises:
+        InputError: samples of both kinds have the same content identity.
+    """
+    keys = {content_key(sample) for sample in harmful}
+    both = [sample for sample in benign if content_key(sample) in keys]
+    if both:
+        raise InputError(
+            f"{len(both)} anchors stand among the harmful and among the benign ones (the first: "
+            f"{shortened(both[0].id)!r}); name each sample once"
+        )
+
+
 def refuse_leaks(anchors: Sequence[Sample], tested: Sequence[Sample]) -> None:
     """The leakage guard: no anchor may ask what a tested set asks.
 

@@ -5,12 +5,15 @@ An artifact is a safetensors file (never a pickle) with float32 tensors:
 | tensor | shape | what |
 |---|---|---|
 | `vectors` | [L, d] | shift per decoder layer, from corrupted image to text; added, alpha >= 0 |
-| `direction` | [L, d] | refusal direction per layer, where it was fitted |
+| `direction` | [L, d] | refusal direction per layer, harmful minus benign as text |
+| `sequential` | [L, d] | vectors of the schedule `sequential`; zero where no layer was chosen |
+| `gate.vectors`, `gate.metric` | [n, d], [d, d] | the harm gate (`steering.gate`) |
 | `NAME` | any | fitted state of a defence |
 | `identity.samples` | [N, 32] | values sampled from the model's weights |
 
-One metadata entry, `cmrm`, holds JSON: format, provenance, recommended setting, identity, and a
-sha256 over all of it and over the tensors, which is checked on load. No local path is written.
+One metadata entry, `cmrm`, holds JSON: format, provenance, recommended setting, gate, records of
+what was fitted (`harm_gate.GateRecord`, `gap.GapRecord`), identity, and a sha256 over all of it and
+over the tensors, which is checked on load. No local path is written.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from cmrm.files import atomic_path
 from cmrm.model.identity import Identity, config_hash, identity_of, public_name, summary
 from cmrm.model.vlm import VLM
 from cmrm.shift.provenance import Provenance, library_versions, provenance_from_json
+from cmrm.steering.gate import Gate
 from cmrm.steering.setting import Steering
 
 __all__ = ["Artifact", "Provenance", "ShiftVectors", "library_versions"]
@@ -40,6 +44,9 @@ FORMAT = "cmrm-artifact/2"
 OLD_SHIFT = "cmrm-shift/1"
 OLD_DEFENSE = "cmrm-defense/1"
 VECTORS = "vectors"
+BY_LAYER = frozenset({VECTORS, "direction", "sequential"})
+"""Tensors with a row for each decoder layer."""
+GATE_VECTORS, GATE_METRIC = "gate.vectors", "gate.metric"
 SAMPLES = "identity.samples"
 
 
@@ -55,11 +62,15 @@ class Artifact:
     """Setting to use `vectors` with."""
     identity: Identity | None = None
     """Of the model; None in files of an older version, which know its config alone."""
+    gate: Gate | None = None
+    """Harm gate, where it was fitted."""
+    records: Mapping[str, Any] = field(default_factory=dict)
+    """How well what was fitted does, as JSON: `gap`, `gate`."""
 
     def __post_init__(self) -> None:
         shape = (self.provenance.n_layers, self.provenance.hidden_size)
         for name, tensor in self.tensors.items():
-            by_layer = name in {VECTORS, "direction"}
+            by_layer = name in BY_LAYER
             if tensor.dtype != torch.float32:
                 raise ArtifactError(f"the tensor {name} is {tensor.dtype}, expected float32")
             if by_layer and tuple(tensor.shape) != shape:
@@ -70,6 +81,10 @@ class Artifact:
                 layers = (~torch.isfinite(tensor)).any(dim=-1).nonzero().flatten().tolist()
                 where = f" at decoder layers {layers}" if by_layer else ""
                 raise ArtifactError(f"{name} hold NaN or infinity{where}; extract them again")
+
+        gate = self.gate
+        if gate and (gate.vectors.shape[1] != shape[1] or gate.layers[-1] >= shape[0]):
+            raise ArtifactError("the gate is one of a model of another shape")
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact; the file appears under its name only when it is whole.
@@ -84,7 +99,13 @@ class Artifact:
         content: dict[str, Any] = {
             "format": FORMAT, "provenance": asdict(self.provenance),
             "recommended": self.recommended.to_json(), "identity": None,
+            "gate": None, "records": dict(self.records),
         }  # fmt: skip
+        if self.gate is not None:
+            content["gate"] = _gate_to_json(self.gate)
+            tensors[GATE_VECTORS] = self.gate.vectors.contiguous()
+            if self.gate.metric is not None:
+                tensors[GATE_METRIC] = self.gate.metric.contiguous()
         if self.identity is not None:
             content["identity"] = self.identity.to_json()
             tensors[SAMPLES] = self.identity.weights.samples.contiguous()
@@ -190,8 +211,27 @@ def _read(header: str, tensors: dict[str, torch.Tensor]) -> Artifact:
         if samples is None:
             raise ValueError(f"the tensor {SAMPLES} is missing")
         identity = Identity.from_json(content["identity"], samples)
+    gate = _gate_from_json(content.get("gate"), tensors)
+    records = content.get("records", {})
+    if not isinstance(records, dict):
+        raise ValueError("the records are no mapping")
     recommended = Steering.from_json(content["recommended"])
-    return Artifact(tensors, provenance_from_json(content["provenance"]), recommended, identity)
+    made = provenance_from_json(content["provenance"])
+    return Artifact(tensors, made, recommended, identity, gate, records)
+
+
+def _gate_to_json(gate: Gate) -> dict[str, Any]:
+    names = ("kind", "layers", "threshold", "weights", "bias")
+    return {name: getattr(gate, name) for name in names}
+
+
+def _gate_from_json(values: Mapping[str, Any] | None, tensors: dict[str, torch.Tensor]) -> Any:
+    """The gate that `_gate_to_json` wrote, its tensors taken out of `tensors`; None without one."""
+    if values is None:
+        return None
+    numbers = {**values, "layers": tuple(values["layers"]), "weights": tuple(values["weights"])}
+    vectors, metric = tensors.pop(GATE_VECTORS), tensors.pop(GATE_METRIC, None)
+    return Gate(vectors=vectors, metric=metric, **numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +250,30 @@ class ShiftVectors:
     """Other tensors of the same artifact by name, such as `direction` [L, d]."""
     identity: Identity | None = None
     """Of the model that they belong to."""
+    gate: Gate | None = None
+    """Harm gate of the same artifact."""
+    records: Mapping[str, Any] = field(default_factory=dict)
+    """How well what was fitted on harmful and benign anchors does; see `Artifact`."""
 
     def __post_init__(self) -> None:
         self._as_artifact()  # which looks at shapes and values
 
     def _as_artifact(self) -> Artifact:
         tensors = {VECTORS: self.vectors, **self.others}
-        return Artifact(tensors, self.provenance, self.recommended, self.identity)
+        return Artifact(
+            tensors, self.provenance, self.recommended, self.identity, self.gate, self.records
+        )
+
+    @property
+    def direction(self) -> torch.Tensor | None:
+        """Refusal direction float32 [L, d]; None where no benign anchors were given."""
+        return self.others.get("direction")
+
+    @property
+    def sequential(self) -> torch.Tensor | None:
+        """Vectors of the schedule `sequential`, float32 [L, d]; None where they were not
+        estimated."""
+        return self.others.get("sequential")
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact; see `Artifact.save`.
@@ -241,7 +298,15 @@ class ShiftVectors:
                 f"{path} holds the fitted state of {artifact.provenance.estimator!r}, no shift "
                 "vectors"
             )
-        return cls(vectors, artifact.provenance, artifact.recommended, others, artifact.identity)
+        return cls(
+            vectors,
+            artifact.provenance,
+            artifact.recommended,
+            others,
+            artifact.identity,
+            artifact.gate,
+            artifact.records,
+        )
 
     @classmethod
     def from_pretrained(

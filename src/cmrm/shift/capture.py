@@ -4,7 +4,8 @@ blocks."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -19,24 +20,45 @@ from cmrm.prompts.conditions import Request
 from cmrm.steering.hooks import refuse_inside_steering
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What is added to the recorded tokens while their states are read."""
+
+    added: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """0-based decoder layer -> float32 [d]: added to its output; the state is recorded before."""
+    until: int | None = None
+    """Layer behind which the pass ends; None: it runs to its end."""
+
+
+class _Reached(Exception):
+    """The last layer that was asked for has run."""
+
+
 class StateHooks:
     """Context manager that records, per decoder block, the states of chosen tokens while a model
     runs once."""
 
-    def __init__(self, vlm: VLM, positions: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        positions: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        steps: Steps | None = None,
+    ) -> None:
         """`positions`: int64 [N], within the tokens that are run; `rows`: int64 [N], the row of
         each.
 
-        `rows` None: one position a row.
+        `rows` None: one position a row. `steps`: what is added to those states on the way.
         """
         self.vlm = vlm
+        self.steps = steps or Steps()
         self.positions = positions
         self.rows = torch.arange(len(positions), device=positions.device) if rows is None else rows
         self.recorded: list[torch.Tensor | None] = [None] * vlm.n_layers
         self.handles: list[Any] = []
 
     def __enter__(self) -> StateHooks:
-        for index, layer in enumerate(self.vlm.layers):
+        for index, layer in enumerate(self.vlm.layers[: self._end]):
             self.handles.append(layer.register_forward_hook(self._recorder(index)))
         return self
 
@@ -45,21 +67,28 @@ class StateHooks:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> bool:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        return isinstance(error, _Reached)
+
+    @property
+    def _end(self) -> int:
+        """Number of layers that are recorded."""
+        until = self.steps.until
+        return self.vlm.n_layers if until is None else until + 1
 
     def states(self) -> torch.Tensor:
-        """float32 [N, L, d] on the CPU. A layer that a text-only prompt skips has the state of the
-        layer before.
+        """float32 [N, L, d] on the CPU, up to the last layer that was asked for. A layer that a
+        text-only prompt skips has the state of the layer before.
 
         Raises:
             SteeringError: a decoder layer did not run.
         """
-        recorded = self.recorded
+        recorded = self.recorded[: self._end]
         for index in sorted(self.vlm.skippable):
-            if recorded[index] is None and index > 0:
+            if 0 < index < self._end and recorded[index] is None:
                 recorded[index] = recorded[index - 1]
         silent = [index for index, state in enumerate(recorded) if state is None]
         if silent:
@@ -69,22 +98,33 @@ class StateHooks:
             )
         return torch.stack([state.float().cpu() for state in recorded if state is not None], dim=1)
 
-    def _recorder(self, index: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
             hidden = hidden_of(output)
             rows, positions = self.rows.to(hidden.device), self.positions.to(hidden.device)
             self.recorded[index] = hidden[rows, positions]
+            if index == self.steps.until:
+                raise _Reached
+            step = self.steps.added.get(index)
+            if step is None:
+                return None
+            moved = hidden.clone()
+            moved[rows, positions] += step.to(hidden.device, hidden.dtype)
+            return moved if hidden is output else (moved, *output[1:])
 
         return hook
 
 
 @torch.inference_mode()
-def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def capture_inputs(
+    vlm: VLM, inputs: dict[str, torch.Tensor], steps: Steps | None = None
+) -> torch.Tensor:
     """States of one encoded batch: float32 [B, L, d] on the CPU; `[:, l]` is the output of decoder
     block l.
 
-    The last prompt token of a row is the last position where its attention mask is 1. A layer that
-    a text-only prompt skips (`VLM.skippable`) has the state of the layer before it.
+    `steps` are added to those states on the way. The last prompt token of a row is the last
+    position where its attention mask is 1. A layer that a text-only prompt skips
+    (`VLM.skippable`) has the state of the layer before it.
 
     Raises:
         ModelError: the model is in training mode. SteeringError: this context steers the model, or
@@ -97,7 +137,7 @@ def capture_inputs(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
         options["logits_to_keep"] = 1
-    with vlm.lock, StateHooks(vlm, last) as hooks:
+    with vlm.lock, StateHooks(vlm, last, steps=steps) as hooks:
         vlm.model(**inputs, **options)
     return hooks.states()
 

@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from cmrm.errors import InputError
 from cmrm.files import atomic_path
 from cmrm.prompts.sample import Sample, content_key
-from cmrm.shift.moments import Moments
+from cmrm.shift.summary import Summary
 
 
 class Progress:
-    """Moments of the anchors that were taken in, and the file that records them. Context manager:
-    an interruption writes the file."""
+    """Summary of the anchors that were taken in, and the file that records it. Context manager: an
+    interruption writes the file."""
 
     def __init__(
         self,
-        moments: Moments,
+        summary: Summary,
         chain: str,
         path: Path | None,
         key: str,
@@ -33,7 +33,7 @@ class Progress:
     ) -> None:
         """`chain`: hash over the anchors taken in, in order; `key`: model, corruption, seed and
         share."""
-        self.moments = moments
+        self.summary = summary
         self.chain = chain
         self.path = path
         self.key = key
@@ -46,7 +46,7 @@ class Progress:
     @classmethod
     def resume(
         cls,
-        empty: Moments,
+        empty: Summary,
         path: Path | None,
         key: str,
         *,
@@ -59,23 +59,17 @@ class Progress:
             InputError: the file belongs to another run.
         """
         fresh = cls(empty, "", path, key, seconds=seconds, clock=clock)
-        if path is None or not path.exists():
+        if path is None:
             return fresh
+        stored = read_state(path, key)
+        if stored is None:
+            return fresh
+        metadata, tensors = stored
         try:
-            with safe_open(str(path), "pt") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            if metadata.get("digest") != _digest(metadata, tensors):
-                return fresh
-            moments = Moments.from_dict(tensors)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError):
+            summary = Summary.from_dict(tensors)
+        except (KeyError, ValueError, RuntimeError, TypeError):
             return fresh
-        if metadata.get("key") != key:
-            raise InputError(
-                f"{path} was written by another run (model, corruption, seed or share); remove it "
-                "to start again"
-            )
-        return cls(moments, metadata.get("chain", ""), path, key, seconds=seconds, clock=clock)
+        return cls(summary, metadata.get("chain", ""), path, key, seconds=seconds, clock=clock)
 
     def __enter__(self) -> Progress:
         return self
@@ -89,9 +83,9 @@ class Progress:
         if self._unwritten:
             self.write()
 
-    def take(self, batch: Sequence[Sample], differences: torch.Tensor) -> None:
-        """Take in a batch; the file is written where the last writing is long ago."""
-        self.moments.update(differences)
+    def take(self, batch: Sequence[Sample], text: torch.Tensor, corrupted: torch.Tensor) -> None:
+        """Take in a batch's states; the file is written where the last writing is long ago."""
+        self.summary.update(text, corrupted)
         for sample in batch:
             self.chain = _link(self.chain, sample)
         self._unwritten = self.path is not None
@@ -106,14 +100,7 @@ class Progress:
         """
         assert self.path is not None
         metadata = {"key": self.key, "chain": self.chain}
-        tensors = self.moments.to_dict()
-        try:
-            with atomic_path(self.path) as part:
-                save_file(
-                    tensors, str(part), metadata={**metadata, "digest": _digest(metadata, tensors)}
-                )
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error}") from None
+        write_state(self.path, metadata, self.summary.to_dict())
         self._written = self.clock()
         self._unwritten = False
 
@@ -131,6 +118,44 @@ class Progress:
                 f"{self.path} was written for other anchors, or in another order; remove it to "
                 "start again"
             )
+
+
+def read_state(path: Path, key: str) -> tuple[dict[str, str], dict[str, torch.Tensor]] | None:
+    """Metadata and tensors of a checkpoint; None where there is no file, or a damaged one.
+
+    Raises:
+        InputError: the file belongs to another run.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), "pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if metadata.get("digest") != _digest(metadata, tensors):
+            return None
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError):
+        return None
+    if metadata.get("key") != key:
+        raise InputError(
+            f"{path} was written by another run (model, corruption, seed or share); remove it "
+            "to start again"
+        )
+    return metadata, tensors
+
+
+def write_state(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    digest = _digest(metadata, tensors)
+    try:
+        with atomic_path(path) as part:
+            save_file(tensors, str(part), metadata={**metadata, "digest": digest})
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
 def _link(chain: str, sample: Sample) -> str:

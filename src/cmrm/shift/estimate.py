@@ -7,38 +7,31 @@ paper's Eq. 6 prints the opposite sign, against its own Eq. 3.)
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from cmrm.errors import InputError
-from cmrm.model.batching import in_batches
-from cmrm.model.encode import encode
-from cmrm.model.identity import config_hash, identity_of
+from cmrm.model.identity import config_hash
 from cmrm.model.vlm import VLM
-from cmrm.prompts.conditions import CORRUPTED, Condition, Request, build_request, choose_donors
+from cmrm.prompts.conditions import CORRUPTED, Condition, Request
 from cmrm.prompts.sample import Sample
-from cmrm.prompts.splits import SetHash
+from cmrm.prompts.splits import refuse_overlap
 from cmrm.shift.artifact import Provenance, ShiftVectors, library_versions
-from cmrm.shift.capture import capture_inputs
-from cmrm.shift.checkpoint import Progress
+from cmrm.shift.fit import Fit, fitted
+from cmrm.shift.harm_gate import FALSE_ALARMS, LEAST, check_false_alarms
 from cmrm.shift.moments import Estimate, Moments
-from cmrm.shift.pair import Prefixes, PrefixPair
-from cmrm.shift.prefix import SharedPrefix
+from cmrm.shift.pair import Prefixes
+from cmrm.shift.reader import Reader
+from cmrm.shift.summary import KEPT, Summary
 from cmrm.steering.hooks import refuse_inside_steering
 from cmrm.steering.setting import Steering
 
 Estimator = Literal["pca", "mean", "icv"]
-
-POOL = 8
-"""Anchors are sorted by length within so many batches, so that little is padded and memory does not
-grow with the set."""
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between two writings of a checkpoint. On a 7B model each writes some 140 MB."""
@@ -50,12 +43,16 @@ LEAST_COSINE = 0.5
 def estimate_shift(
     vlm: VLM,
     anchors: Iterable[Sample],
+    benign: Iterable[Sample] | None = None,
     *,
     estimator: Estimator = "pca",
     corruption: Condition | str = Condition.BLANK,
     seed: int = 0,
     batch_size: int = 16,
     recommended: Steering | None = None,
+    mixed: bool = False,
+    false_alarms: float = FALSE_ALARMS,
+    questions: Sequence[Sample] = (),
     reuse_prefix: bool = True,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -64,92 +61,99 @@ def estimate_shift(
     """Dataset-level shift over `anchors`: last prompt token, every decoder layer, text-only minus
     corrupted image.
 
-    Memory does not grow with the number of anchors (`moments.Moments`). Where prompts begin alike
+    With benign anchors beside the harmful ones, the artifact holds the refusal direction and a harm
+    gate too, and vectors of the schedule `sequential` for the layers above the gate. The setting
+    that it recommends follows from the anchors (`shift.gap`): `fill` where the image takes a part
+    of the refusal direction, and nothing (alpha 0) where it does not.
+
+    Memory does not grow with the number of anchors (`summary.Summary`). Where prompts begin alike
     (a constant corrupted image, the system prompt) the shared part is run once
     (`prefix.SharedPrefix`). Under `torch.distributed` (such as `accelerate launch`) each process
     takes its share of the batches, and every one returns the shift over all of them.
 
     Args:
         vlm: the model.
-        anchors: at least two samples with an image; most corruptions use its size alone. Read once,
-            as they are needed; the corruption `other` alone reads them all at first.
+        anchors: at least two samples with an image, harmful ones; most corruptions use its size
+            alone. Read once, as they are needed; the corruption `other` and the schedule
+            `sequential` read them all at first.
+        benign: benign look-alikes with an image; None: vectors alone are estimated.
         estimator: see `reduce_differences`.
         corruption: what stands for the image in h_c; see `conditions`.
-        seed: seed of noise, shuffles and donors.
+        seed: seed of noise, shuffles, donors, folds and bootstrap.
         batch_size: prompts per forward pass.
-        recommended: setting to store with the vectors; the calibrated preset when None.
+        recommended: setting to store with the vectors; None: by the rule above, or the calibrated
+            preset without benign anchors. Under the schedule `sequential` vectors are estimated for
+            its layers.
+        mixed: whether the shift is that of harmful and benign anchors together, as the paper's,
+            which adds benign ones.
+        false_alarms: share of benign requests that the gate may take for harmful ones.
+        questions: image questions; the share that the gate would steer is recorded.
         reuse_prefix: run what prompts share once; off runs every prompt whole.
         checkpoint: file that records the state of the run, so that a killed run continues there. It
-            stays: remove it when the artifact has been saved.
+            stays: remove it when the artifact has been saved. Benign anchors and the sequential
+            schedule have files of their own beside it.
         checkpoint_seconds: least time between two writings of it; an interruption writes it too.
         on_batch: called after each batch with its number of prompts, for a progress bar.
 
     Raises:
         InputError: no anchor, one anchor, two of one id, an unusable image, an unknown corruption
-            or estimator, a checkpoint of another run. SteeringError: this context steers the model.
+            or estimator, too few anchors for a gate, a checkpoint of another run.
+            SteeringError: this context steers the model.
     """
     corruption = checked_corruption(corruption)
     check_estimator(estimator)
+    check_false_alarms(false_alarms)
     refuse_inside_steering(vlm, "estimating a shift")
     vlm.check_eval()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it is at least 1")
-    donors = None
-    if corruption is Condition.OTHER:
+    if recommended is not None:
+        recommended.chosen_layers(vlm.n_layers)
+    if benign is None:
+        _refuse_without_benign(recommended, mixed)
+    else:
+        benign = list(benign)
+    sequential = recommended is not None and recommended.schedule == "sequential"
+    if sequential or benign is not None:
         anchors = list(anchors)
-        donors = choose_donors(anchors, seed=seed)
-    pair = PrefixPair(vlm, SharedPrefix(vlm), SharedPrefix(vlm)) if reuse_prefix else None
-
-    def differences(batch: list[Sample]) -> torch.Tensor:
-        text = [build_request(s, Condition.QUERY) for s in batch]
-        corrupted = [build_request(s, corruption, seed=seed, donors=donors) for s in batch]
-        if pair is None:
-            return capture_inputs(vlm, encode(vlm, text)) - capture_inputs(
-                vlm, encode(vlm, corrupted)
-            )
-        h_t, h_c = pair.states(text, corrupted)
-        return h_t - h_c
-
-    identity = identity_of(vlm)
-    rank, world = _process()
-    if checkpoint is not None and world > 1:
-        checkpoint = checkpoint.with_name(f"{checkpoint.name}.{rank}")
-    key = f"{identity.key} {corruption.value} {seed} {rank}/{world}"
-    progress = Progress.resume(
-        Moments(vlm.n_layers, vlm.hidden_size),
-        checkpoint,
-        key,
-        seconds=checkpoint_seconds,
-        clock=time.monotonic,
+    reader = Reader(
+        vlm,
+        corruption,
+        seed=seed,
+        batch_size=batch_size,
+        reuse_prefix=reuse_prefix,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        on_batch=on_batch,
     )
-    skipped = progress.moments.count
-    members = SetHash()
-    source = iter(anchors)
-    with progress:
-        while pool := list(islice(source, POOL * batch_size * world)):
-            for sample in pool:
-                members.add(sample)
-            share = sorted(pool, key=lambda s: len(s.query))[rank::world]
-            again, share = share[:skipped], share[skipped:]
-            skipped -= len(again)
-            progress.replay(again, at_the_end=skipped == 0)
-            if again and on_batch is not None:
-                on_batch(2 * len(again))
-            for batch, batch_differences in in_batches(share, batch_size, differences):
-                progress.take(batch, batch_differences)
-                if on_batch is not None:
-                    on_batch(2 * len(batch))
-    if members.count < 2:
-        raise InputError(
-            f"{members.count} anchors were given; a dataset-level shift needs at least 2 (the "
-            "paper: 20 % of a set)"
-        )
-    if skipped:
-        raise InputError(
-            f"{checkpoint} was written for more anchors than these; remove it to start again"
-        )
-    estimate = _merged(progress.moments).estimate(estimator)
+    if benign is not None:
+        refuse_overlap(list(anchors), benign)
+    keep = KEPT if benign is not None else 0
+    summary, members = reader.read(anchors, "", keep=keep, least=2)
+    others: Summary | None = None
+    more: dict[str, Any] = {}
+    if benign is not None:
+        others, benign_members = reader.read(benign, "benign", keep=keep, least=LEAST)
+        more = {"n_benign": others.count, "benign_hash": benign_members.hexdigest()}
+    shifted = summary
+    if mixed and others is not None:
+        shifted = summary.copy()
+        shifted.merge(others)
+        more["benign_share"] = round(others.count / shifted.count, 6)
+    estimate = shifted.moments.estimate(estimator)
     _warn_of_small_cosines(estimate, estimator)
+    fit = Fit()
+    if others is not None:
+        fit = fitted(
+            vlm, summary, others, false_alarms=false_alarms, seed=seed, recommended=recommended,
+            questions=questions, batch_size=batch_size,
+        )  # fmt: skip
+    setting = recommended or fit.recommended or Steering()
+    layers = _sequential_layers(vlm, setting, fit)
+    tensors = dict(fit.tensors)
+    if layers:
+        everyone = [*anchors, *(benign or ())] if mixed else list(anchors)
+        tensors["sequential"] = reader.sequential(everyone, shifted.text_mean, layers)
     provenance = Provenance(
         model_id=vlm.model_id,
         revision=vlm.revision,
@@ -168,9 +172,52 @@ def estimate_shift(
         mean_norms=_rounded(estimate.mean_norms),
         mean_cosine=_rounded(estimate.mean_cosine),
         dropped_ratio=_rounded(estimate.dropped),
+        sequential_layers=layers,
         versions=library_versions(),
+        **more,
     )
-    return ShiftVectors(estimate.vectors, provenance, recommended or Steering(), identity=identity)
+    return ShiftVectors(
+        estimate.vectors,
+        provenance,
+        setting,
+        others=tensors,
+        identity=reader.identity,
+        gate=fit.gate,
+        records=fit.records,
+    )
+
+
+def _refuse_without_benign(recommended: Steering | None, mixed: bool) -> None:
+    """Refuse what takes benign anchors, where none were given.
+
+    Raises:
+        InputError: the setting fills or has a gate, or the anchors are to be mixed.
+    """
+    fills = recommended is not None and (recommended.operator == "fill" or recommended.gate)
+    if mixed or fills:
+        what = "mixed anchors need" if mixed else "the operator fill and the gate need"
+        raise InputError(f"{what} benign anchors beside the harmful ones; none were given")
+
+
+def _sequential_layers(vlm: VLM, setting: Steering, fit: Fit) -> tuple[int, ...]:
+    """Layers that sequential vectors are estimated for; none where nothing asks for them.
+
+    Raises:
+        InputError: a layer does not stand above the gate.
+    """
+    lowest = 0 if fit.gate is None else fit.gate.layers[-1] + 1
+    if setting.schedule == "sequential":
+        if setting.layers is None and setting.gate:
+            return tuple(range(lowest, vlm.n_layers))
+        chosen = setting.chosen_layers(vlm.n_layers)
+        if setting.gate and chosen[0] < lowest:
+            raise InputError(
+                f"the gate reads decoder layer {lowest - 1}; steer layers from {lowest} on"
+            )
+        return chosen
+    if fit.gate is not None and setting.alpha > 0:
+        return tuple(range(lowest, vlm.n_layers))
+    return ()
 
 
 def _rounded(values: torch.Tensor) -> tuple[float, ...]:
@@ -188,26 +235,6 @@ def _warn_of_small_cosines(estimate: Estimate, estimator: str) -> None:
             "estimator='mean', or more anchors",
             stacklevel=3,
         )
-
-
-def _process() -> tuple[int, int]:
-    """(rank, number of processes) of `torch.distributed`; (0, 1) without."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _merged(moments: Moments) -> Moments:
-    """The moments of all processes, in every one of them."""
-    _, world = _process()
-    if world == 1:
-        return moments
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, moments.to_dict())
-    merged, *parts = [Moments.from_dict(tensors) for tensors in gathered]
-    for part in parts:
-        merged.merge(part)
-    return merged
 
 
 def checked_corruption(corruption: Condition | str) -> Condition:

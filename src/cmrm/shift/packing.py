@@ -19,7 +19,7 @@ import torch
 
 from cmrm.model.compat import with_cache
 from cmrm.model.vlm import VLM
-from cmrm.shift.capture import StateHooks
+from cmrm.shift.capture import StateHooks, Steps
 
 PACKABLE = {"sdpa", "eager"}
 """Attention implementations that take a mask for each pair of tokens."""
@@ -101,6 +101,7 @@ def packed_states(
     parts: Sequence[Continuations],
     cache: Any = None,
     keep: list[Any] | None = None,
+    steps: Steps | None = None,
 ) -> list[torch.Tensor]:
     """States float32 [N, L, d] on the CPU at the last token of each continuation, for each of
     `parts`.
@@ -111,6 +112,7 @@ def packed_states(
         parts: prefixes with their continuations.
         cache: `side_by_side` of the parts' caches, where it has been made.
         keep: takes the cache of each pass, which holds its row behind the prefixes.
+        steps: what is added to those states on the way.
 
     Raises:
         KeyError: the parts have not the same inputs by token. Whatever the model raises.
@@ -128,7 +130,7 @@ def packed_states(
             size += len(waiting[taken][1]["input_ids"])
             taken += 1
         row, waiting = waiting[:taken], waiting[taken:]
-        states_of_row, used = _one_row(vlm, backbone, parts, cache, row)
+        states_of_row, used = _one_row(vlm, backbone, parts, cache, row, steps)
         if keep is not None:
             keep.append(used)
         for (k, _), state in zip(row, states_of_row, strict=True):
@@ -142,6 +144,7 @@ def _one_row(
     parts: Sequence[Continuations],
     cache: Any,
     row: Sequence[tuple[int, dict[str, torch.Tensor]]],
+    steps: Steps | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """States [len(row), L, d] of one forward pass, and the cache that it filled.
 
@@ -170,8 +173,8 @@ def _one_row(
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     token = PROMPTS_IN_ROW.set(len(row))
     try:
-        with StateHooks(vlm, last, rows=torch.zeros_like(last)) as hooks:
-            used = expanded(cache, 1)
+        used = expanded(cache, 1)
+        with StateHooks(vlm, last, torch.zeros_like(last), steps) as hooks:
             backbone(
                 **inputs,
                 **with_cache(backbone, used),

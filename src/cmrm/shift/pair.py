@@ -155,14 +155,31 @@ class Prefixes:
         self._text: SharedPrefix | None = None
         self._pairs: dict[str, PrefixPair] = {}
 
-    def pair(self, corruption: str) -> PrefixPair:
-        """The pair of text-only beside one corruption; new ones after the model has changed
+    def text(self) -> SharedPrefix:
+        """The prefix of text-only prompts; a new one after the model has changed
         (`identity.state_of`)."""
         state = state_of(self.vlm)
         if self._text is None or self._state != state:
             self._state = state
             self._text = SharedPrefix(self.vlm)
             self._pairs = {}
+        return self._text
+
+    def pair(self, corruption: str) -> PrefixPair:
+        """The pair of text-only beside one corruption."""
+        text = self.text()
         if corruption not in self._pairs:
-            self._pairs[corruption] = PrefixPair(self.vlm, self._text, SharedPrefix(self.vlm))
+            self._pairs[corruption] = PrefixPair(self.vlm, text, SharedPrefix(self.vlm))
         return self._pairs[corruption]
+
+
+def text_states(requests: Sequence[Request], prefixes: Prefixes) -> torch.Tensor:
+    """States float32 [B, L, d] of one batch of requests as text alone, on the cached prefix.
+
+    One pass over what follows the system prompt; of a single conversation over what is new in it.
+
+    Raises:
+        SteeringError: this context steers the model.
+    """
+    prefixes.vlm.check_eval()
+    return prefixes.text().states([request.without_images() for request in requests])

@@ -27,7 +27,7 @@ from cmrm.model.compat import backbone_of, cache_of, with_cache
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
-from cmrm.shift.capture import StateHooks, capture_inputs
+from cmrm.shift.capture import StateHooks, Steps, capture_inputs
 from cmrm.shift.packing import (
     Continuations,
     Kept,
@@ -117,8 +117,10 @@ class SharedPrefix:
         self._next_pause = 1
 
     @torch.inference_mode()
-    def states(self, requests: Sequence[Request]) -> torch.Tensor:
+    def states(self, requests: Sequence[Request], steps: Steps | None = None) -> torch.Tensor:
         """States float32 [B, L, d] on the CPU of one batch, in the order given.
+
+        `steps` are added to those states on the way.
 
         The prefix is what the first prompt shares with a prompt of the same image and another text.
         A batch in which no prompt begins with it (images of another size, in models that tile them)
@@ -129,17 +131,24 @@ class SharedPrefix:
         """
         refuse_inside_steering(self.vlm, "capturing states")
         with self.vlm.lock:
-            return self.run(requests, self.encoded(requests))
+            return self.run(requests, self.encoded(requests), steps)
 
-    def run(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> torch.Tensor:
+    def run(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[Encoded],
+        steps: Steps | None = None,
+    ) -> torch.Tensor:
         """States of `requests`, whose inputs are those that `encoded` gave."""
         together = [k for k, inputs in enumerate(encoded) if self._fits(inputs)]
         alone = [k for k in range(len(encoded)) if k not in set(together)]
-        states = torch.empty(len(encoded), self.vlm.n_layers, self.vlm.hidden_size)
+        until = None if steps is None else steps.until
+        n_layers = self.vlm.n_layers if until is None else until + 1
+        states = torch.empty(len(encoded), n_layers, self.vlm.hidden_size)
         if together:
-            states[together] = self._suffixes([encoded[k] for k in together])
+            states[together] = self._suffixes([encoded[k] for k in together], steps)
         if alone:
-            states[alone] = self._whole([requests[k] for k in alone])
+            states[alone] = self._whole([requests[k] for k in alone], steps)
         return states
 
     def encoded(self, requests: Sequence[Request]) -> list[Encoded]:
@@ -322,11 +331,11 @@ class SharedPrefix:
             if name not in _NOT_BEHIND_A_CACHE and self._follows_tokens(value, encoded)
         }
 
-    def _suffixes(self, encoded: list[Encoded]) -> torch.Tensor:
+    def _suffixes(self, encoded: list[Encoded], steps: Steps | None) -> torch.Tensor:
         """States of prompts behind the prefix, each read at its last token."""
         if self.unpacked is None and self._in_window(encoded):
-            return self._packed(encoded)
-        return self._padded(encoded)
+            return self._packed(encoded, steps)
+        return self._padded(encoded, steps)
 
     def _in_window(self, encoded: list[Encoded]) -> bool:
         """Whether every layer's attention reaches from the end of each prompt to its beginning."""
@@ -346,14 +355,15 @@ class SharedPrefix:
         self._set_offsets(self._offsets)
         return Continuations(self._cache_of(start), start, self._offsets, tokens)
 
-    def _packed(self, encoded: list[Encoded]) -> torch.Tensor:
-        used: list[Any] | None = [] if len(encoded) == 1 else None
-        states = packed_states(self.vlm, self.backbone, [self.continuations(encoded)], keep=used)[0]
+    def _packed(self, encoded: list[Encoded], steps: Steps | None = None) -> torch.Tensor:
+        used: list[Any] | None = [] if len(encoded) == 1 and steps is None else None
+        parts = [self.continuations(encoded)]
+        states = packed_states(self.vlm, self.backbone, parts, keep=used, steps=steps)[0]
         if used:
             self.keep(encoded, used[0])
         return states
 
-    def _padded(self, encoded: list[Encoded]) -> torch.Tensor:
+    def _padded(self, encoded: list[Encoded], steps: Steps | None = None) -> torch.Tensor:
         start = self.start_of(encoded)
         tokens = [self._behind(inputs, start) for inputs in encoded]
         lengths = [len(rest["input_ids"]) for rest in tokens]
@@ -370,16 +380,17 @@ class SharedPrefix:
         last = torch.tensor(lengths, device=inputs["input_ids"].device) - 1
         self._set_offsets(self._offsets)
         self.fresh_tokens += rows * width
-        with StateHooks(self.vlm, last) as hooks:
-            used = expanded(self._cache_of(start), rows)
+        used = expanded(self._cache_of(start), rows)
+        with StateHooks(self.vlm, last, steps=steps) as hooks:
             self.backbone(**inputs, **with_cache(self.backbone, used))
-        self.keep(encoded, used)
+        if steps is None:
+            self.keep(encoded, used)
         return hooks.states()
 
-    def _whole(self, requests: list[Request]) -> torch.Tensor:
+    def _whole(self, requests: list[Request], steps: Steps | None = None) -> torch.Tensor:
         inputs = encode(self.vlm, requests)
         self.fresh_tokens += inputs["input_ids"].numel()
-        return capture_inputs(self.vlm, inputs)
+        return capture_inputs(self.vlm, inputs, steps)
 
 
 def distance(states: torch.Tensor, expected: torch.Tensor) -> float:

@@ -51,6 +51,14 @@ class Provenance:
     dropped_ratio: tuple[float, ...] = ()
     """Per layer: share of the differences' sum of squares that the sketch left out, 0 where it is
     exact."""
+    n_benign: int = 0
+    """Number of benign anchors, for direction and gate."""
+    benign_hash: str = ""
+    """Hex sha256 of those."""
+    benign_share: float = 0.0
+    """Share of benign anchors among those that the shift was estimated on, 0..1."""
+    sequential_layers: tuple[int, ...] = ()
+    """Decoder layers that vectors of the schedule `sequential` were estimated for."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions at estimation."""
     licence_note: str = "Derived from the model's activations; the model's own licence applies."
@@ -79,10 +87,12 @@ def provenance_from_json(values: Mapping[str, Any]) -> Provenance:
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     made: Provenance = Provenance(**plain)
-    for name in ("n_layers", "hidden_size", "n_anchors", "seed"):
+    for name in ("n_layers", "hidden_size", "n_anchors", "n_benign", "seed"):
         if not isinstance(getattr(made, name), int) or isinstance(getattr(made, name), bool):
             raise ValueError(f"the provenance's {name} is no whole number")
     for name in ("norms", "explained_ratio", "mean_norms", "mean_cosine", "dropped_ratio"):
         if not all(isinstance(value, int | float) for value in getattr(made, name)):
             raise ValueError(f"the provenance's {name} are no numbers")
+    if not all(isinstance(layer, int) for layer in made.sequential_layers):
+        raise ValueError("the provenance's sequential_layers are no decoder layers")
     return made

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from cmrm.errors import InputError
 from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Condition, Request, build_request
+from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.pair import Prefixes, text_states
+from cmrm.shift.resolve import resolved
 from cmrm.steering.hooks import Session, intervene
 from cmrm.steering.intervention import shift_intervention
 from cmrm.steering.setting import Steering
@@ -22,6 +27,7 @@ def steer(
     *,
     alpha: float | None = None,
     has_image: Sequence[bool] | torch.Tensor | None = None,
+    requests: Sequence[Sample | Request] | None = None,
 ) -> Session:
     """Steer every forward pass of `vlm.model` inside the block: `with steer(vlm, shift): ...`.
 
@@ -36,23 +42,29 @@ def steer(
         alpha: strength, >= 0, instead of the setting's.
         has_image: which rows hold an image. None: read from each prompt's `input_ids`; needed where
             the model is called with `inputs_embeds`, or with a KV cache that was filled elsewhere.
+        requests: what the batch inside the block asks, row by row; `fill` alone needs it, and runs
+            each once as text before the block begins.
 
     Raises:
         ArtifactError: the artifact belongs to another model.
         InputError: alpha < 0, a layer out of range, vectors of another shape, with NaN, or beyond
-            the model's dtype.
+            the model's dtype; the artifact does not hold what the setting needs.
         SteeringError: inside, before a pass that cannot be classified; on exit, when no pass was
             run, a row with an image was not touched, or a chosen layer never ran.
     """
     if isinstance(shift, ShiftVectors):
         shift.check(vlm)
-        vectors = shift.vectors
         steering = steering or shift.recommended
-    else:
-        vectors = shift
-        steering = steering or Steering()
+        if alpha is not None:
+            steering = replace(steering, alpha=alpha)
+        text = None if requests is None else partial(_text_states, vlm, requests)
+        return intervene(vlm, *resolved(shift, steering, text), has_image=has_image)
+    vectors = shift
+    steering = steering or Steering()
     if alpha is not None:
         steering = replace(steering, alpha=alpha)
+    if steering.gate:
+        raise InputError("raw vectors have no gate; steer with an artifact that holds one")
     if vectors.dim() not in {2, 3} or tuple(vectors.shape[-2:]) != (vlm.n_layers, vlm.hidden_size):
         raise InputError(
             f"vectors are {tuple(vectors.shape)}; this model takes [{vlm.n_layers}, "
@@ -60,3 +72,11 @@ def steer(
             "or one such set a row"
         )
     return intervene(vlm, shift_intervention(vectors, steering), has_image=has_image)
+
+
+def _text_states(vlm: VLM, asked: Sequence[Sample | Request]) -> torch.Tensor:
+    """States float32 [B, L, d] of requests as text alone."""
+    requests = [
+        build_request(part, Condition.QUERY) if isinstance(part, Sample) else part for part in asked
+    ]
+    return text_states(requests, Prefixes(vlm))

@@ -55,14 +55,22 @@ class Session:
         self.positions: frozenset[Positions] = frozenset(
             part.positions for part in self.interventions
         )
+        self.ungated: frozenset[Positions] = frozenset(
+            part.positions for part in self.interventions if part.gate is None
+        )
+        self.gated = tuple(part for part in self.interventions if part.gate is not None)
         self.key = "+".join(part.key for part in self.interventions)
-        self.edits: dict[int, list[tuple[int, Edit, Positions]]] = {}
+        self.edits: dict[int, list[tuple[int, Edit, Intervention]]] = {}
+        self.readings: dict[int, list[tuple[int, int]]] = {}
         number = 0
-        for part in self.interventions:
+        for which, part in enumerate(self.interventions):
             part.check(vlm.n_layers, vlm.hidden_size)
             for edit in part.edits:
-                self.edits.setdefault(edit.layer, []).append((number, edit, part.positions))
+                self.edits.setdefault(edit.layer, []).append((number, edit, part))
                 number += 1
+            if part.gate is not None and part.edits:
+                for place, layer in enumerate(part.gate.layers):
+                    self.readings.setdefault(layer, []).append((which, place))
         self._placed: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         for layer, edits in self.edits.items():
             device, dtype = _place_of(vlm.layers[layer], vlm.model.dtype)
@@ -72,6 +80,10 @@ class Session:
         """Passes that this context ran on the model."""
         self.tokens = 0
         """Tokens that were edited."""
+        self.rows_decided = 0
+        """Rows with an image, turn by turn, that a gate has decided on."""
+        self.rows_open = 0
+        """Those of them that are steered."""
         self.reached: set[int] = set()
         """Layers whose edits were made on at least one token."""
         self._untouched: dict[Conversation, set[int]] = {}
@@ -79,8 +91,13 @@ class Session:
         self._generated = False
         self._token: Token[tuple[Session, ...]] | None = None
 
+    @property
+    def watched(self) -> frozenset[int]:
+        """Layers that are edited or read."""
+        return frozenset(self.edits) | frozenset(self.readings)
+
     def __enter__(self) -> Session:
-        self.tracker.open(self.vlm, self.edits.keys(), self._block_hook)
+        self.tracker.open(self.vlm, self.watched, self._block_hook)
         self._token = ACTIVE.set((*ACTIVE.get(), self))
         return self
 
@@ -95,7 +112,7 @@ class Session:
             ACTIVE.reset(self._token)
         except ValueError:  # closed in another context, as an abandoned generator is
             ACTIVE.set(tuple(session for session in ACTIVE.get() if session is not self))
-        self.tracker.close(self.vlm, self.edits.keys())
+        self.tracker.close(self.vlm, self.watched)
         if kind is None:
             self._check()
 
@@ -138,8 +155,12 @@ class Session:
             if needed is not None and rows % needed:
                 raise SteeringError(f"vectors for {needed} rows were given, the model runs {rows}")
         counts = [0] * rows
-        for positions in self.positions:
+        for positions in self.ungated:
             counts = [a + b for a, b in zip(counts, current.count(positions), strict=True)]
+        for part in self.gated:
+            if part.edits and not bool(current.last_prompt()[1].any()):
+                held = current.open_counts(part)
+                counts = [a + b for a, b in zip(counts, held, strict=True)]
         self.tokens += sum(counts)
         if conversation in self._seen:
             untouched = self._untouched.pop(conversation, set())
@@ -155,8 +176,11 @@ class Session:
     def stepped(self, current: Pass) -> None:
         """One more generated token of each row is run, where the pass before did the same."""
         self.passes += 1
-        for positions in self.positions:
+        for positions in self.ungated:
             self.tokens += sum(current.count(positions))
+        for part in self.gated:
+            if part.edits:
+                self.tokens += sum(current.open_counts(part))
 
     def finished(self, conversation: Conversation | None) -> None:
         """`generate` has ended: a reply of one token has no generated token that was run."""
@@ -193,6 +217,8 @@ class Session:
             edited = hidden
             for session in current.sessions:
                 edited = session.edit(layer, edited, current)
+                if layer in session.readings:
+                    session.read(layer, edited, current)
             if edited is hidden:
                 return None
             return edited if hidden is output else (edited, *output[1:])
@@ -201,11 +227,12 @@ class Session:
 
     def edit(self, layer: int, hidden: torch.Tensor, current: Pass) -> torch.Tensor:
         """The output of a decoder block, [B, T, d], after this session's edits of the layer."""
-        for index, edit, positions in self.edits.get(layer, ()):
+        for index, edit, part in self.edits.get(layer, ()):
+            positions = part.positions
             if not any(current.count(positions)):
                 continue
             self.reached.add(layer)
-            if edit.strength == 0:
+            if edit.strength == 0 or (part.gate and not any(current.open_counts(part))):
                 continue
             vector = _rows(self._vector(index, edit, hidden.device, hidden.dtype), hidden.shape[0])
             if edit.operator == "add" and edit.preserve_norm:
@@ -213,24 +240,75 @@ class Session:
                 before = hidden.float().norm(dim=-1, keepdim=True)
                 after = moved.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
                 moved = (moved.float() * (before / after)).to(hidden.dtype)
-                mask = current.mask(positions).to(hidden.device)
-                hidden = torch.where(mask[..., None], moved, hidden)
+                mask = current.open_factor(part, hidden) != 0
+                hidden = torch.where(mask, moved, hidden)
             elif edit.operator == "add" and current.decoding:
                 key = (index, self, hidden.device, hidden.dtype)
                 if key not in current.addends:
-                    current.addends[key] = current.factor(positions, hidden) * vector
+                    current.addends[key] = current.open_factor(part, hidden) * vector
                 hidden = hidden + current.addends[key]
             elif edit.operator == "add":
-                hidden = torch.addcmul(hidden, current.factor(positions, hidden), vector)
+                hidden = torch.addcmul(hidden, current.open_factor(part, hidden), vector)
             else:
-                hidden = _along(edit, hidden, vector, current.factor(positions, hidden))
+                hidden = _moved(edit, hidden, vector, current.open_factor(part, hidden))
         return hidden
+
+    def read(self, layer: int, hidden: torch.Tensor, current: Pass) -> None:
+        """Read the states that gates decide by; behind its last layer a gate decides.
+
+        Raises:
+            SteeringError: the prompt is run by compiled code, which cannot decide.
+        """
+        for which, place in self.readings[layer]:
+            part = self.interventions[which]
+            gate, conversation = part.gate, current.conversation
+            assert gate is not None
+            assert conversation is not None
+            if current.decoding:
+                continue
+            if torch.compiler.is_compiling():
+                raise SteeringError(
+                    "a gate cannot decide inside a compiled prefill; compile the decoding alone"
+                )
+            places, inside = current.last_prompt()
+            if not bool(inside.any()):
+                continue
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            states = hidden[rows, places.to(hidden.device)]
+            scores = current.scores.get(part.key)
+            if scores is None:
+                scores = torch.full((hidden.shape[0],), gate.bias)
+            scores = scores + gate.weights[place] * gate.layer_score(place, states).cpu()
+            current.scores[part.key] = scores
+            if layer == gate.layers[-1]:
+                self._decide(part, scores > gate.threshold, inside.cpu(), current, conversation)
+
+    def _decide(
+        self,
+        part: Intervention,
+        rows_open: torch.Tensor,
+        inside: torch.Tensor,
+        current: Pass,
+        conversation: Conversation,
+    ) -> None:
+        """Hold a gate's decision for the rows whose last prompt token is in this pass."""
+        with_image = conversation.gate.cpu()
+        before = conversation.decisions.get(part.key, torch.zeros_like(inside))
+        rows_open = torch.where(inside, rows_open & with_image, before)
+        conversation.decisions = {**conversation.decisions, part.key: rows_open}
+        self.tokens += sum(current.open_counts(part))
+        self.rows_decided += int((inside & with_image).sum())
+        self.rows_open += int((inside & rows_open).sum())
+        untouched = self._untouched.get(conversation, set())
+        untouched -= set(inside.nonzero().flatten().tolist())
+        if not untouched:
+            self._untouched.pop(conversation, None)
 
     def _vector(
         self, index: int, edit: Edit, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        """What is added ([d] or [R, d], strength included), or the direction of `fill` and
-        `project`."""
+        """What is added ([d] or [R, d], strength included), or the vector of the other
+        operators."""
         key = (index, device, dtype)
         if key not in self._placed:
             vector = edit.vector.float()
@@ -248,11 +326,10 @@ class Session:
         return self._placed[key]
 
 
-def _along(
+def _moved(
     edit: Edit, hidden: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """`fill` and `project`: states moved along one unit direction of each row, at the chosen
-    tokens."""
+    """States after the operators that depend on the state, at the chosen tokens."""
     if edit.operator == "project":
         coordinate = (
             (hidden * vector).sum(dim=-1, keepdim=True)
@@ -260,14 +337,23 @@ def _along(
             else (hidden @ vector)[..., None]
         )
         return hidden - edit.strength * factor * coordinate * vector
-    direction = vector.float()
-    coordinate = (hidden.float() * direction).sum(dim=-1, keepdim=True)
-    assert edit.target is not None
-    target = edit.target.float().to(hidden.device)
-    if target.dim() == 1:
-        target = target.repeat_interleave(hidden.shape[0] // len(target))[:, None, None]
-    raised = edit.strength * torch.relu(target - coordinate) * factor.float()
-    return hidden + (raised * direction).to(hidden.dtype)
+    states, direction = hidden.float(), vector.float()
+    if edit.operator == "affine":
+        assert edit.matrix is not None
+        step = states @ edit.matrix.to(hidden.device).T + direction
+    elif edit.operator == "oppose":
+        assert edit.origin is not None
+        centred = states - edit.origin.to(hidden.device)
+        cosine = torch.nn.functional.cosine_similarity(centred, direction, dim=-1)
+        step = torch.relu(-cosine)[..., None] * direction
+    else:
+        assert edit.target is not None
+        target = edit.target.float().to(hidden.device)
+        if target.dim() == 1:
+            target = target.repeat_interleave(hidden.shape[0] // len(target))[:, None, None]
+        coordinate = (states * direction).sum(dim=-1, keepdim=True)
+        step = torch.relu(target - coordinate) * direction
+    return hidden + (edit.strength * factor.float() * step).to(hidden.dtype)
 
 
 def _rows(vector: torch.Tensor, rows: int) -> torch.Tensor:

@@ -8,6 +8,10 @@ runs a model.
 | `add` | h <- h + strength v |
 | `fill` | h <- h + strength relu(target - h . v) v, v of unit length: never lowered |
 | `project` | h <- h - strength (h . v) v, with v of unit length |
+| `oppose` | h <- h + strength relu(-cos(h - origin, v)) v: as far as a state points against v |
+| `affine` | h <- h + strength (M h + v), with a matrix M |
+
+An intervention may have a gate (`steering.gate`): rows that it leaves closed are not touched.
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ from typing import Literal, get_args
 import torch
 
 from cmrm.errors import InputError
+from cmrm.steering.gate import Gate
 from cmrm.steering.setting import Positions, Steering
 
-Operator = Literal["add", "fill", "project"]
+Operator = Literal["add", "fill", "project", "oppose", "affine"]
+GATED_POSITIONS: tuple[Positions, ...] = ("last", "last_prompt", "generated")
+"""Positions that stand at or behind the token where a gate decides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,10 @@ class Edit:
     """float32 [] or [R]: the coordinate along `vector` that `fill` raises a state to."""
     preserve_norm: bool = False
     """Rescale each edited state to the norm that it had before (`add` alone)."""
+    origin: torch.Tensor | None = None
+    """float32 [d]: what `oppose` measures states from."""
+    matrix: torch.Tensor | None = None
+    """float32 [d, d]: M of `affine`."""
 
     def __post_init__(self) -> None:
         if self.operator not in get_args(Operator):
@@ -54,16 +65,33 @@ class Edit:
             raise InputError(
                 f"an edit's vector is {tuple(self.vector.shape)}; expected [d] or [rows, d]"
             )
-        tensors = [self.vector] if self.target is None else [self.vector, self.target]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors):
             raise InputError(
                 f"the vector of decoder layer {self.layer} holds NaN or infinity; extract the "
                 "vectors again"
             )
-        if (self.operator == "fill") != (self.target is not None):
-            raise InputError("`fill` takes a target, the other operators none")
+        given = {"fill": self.target, "oppose": self.origin, "affine": self.matrix}
+        for operator, tensor in given.items():
+            if (self.operator == operator) != (tensor is not None):
+                name = {"fill": "target", "oppose": "origin", "affine": "matrix"}[operator]
+                raise InputError(f"`{operator}` takes a {name}, the other operators none")
+        width = self.vector.shape[-1]
+        wrong = (self.origin is not None and tuple(self.origin.shape) != (width,)) or (
+            self.matrix is not None and tuple(self.matrix.shape) != (width, width)
+        )
+        if wrong:
+            raise InputError(
+                f"the edit's vector is {width} wide; an origin is [{width}], a matrix "
+                f"[{width}, {width}]"
+            )
         if self.preserve_norm and self.operator != "add":
             raise InputError("preserve_norm goes with the operator `add` alone")
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor that the edit holds."""
+        held = (self.vector, self.target, self.origin, self.matrix)
+        return tuple(tensor for tensor in held if tensor is not None)
 
     def select(self, rows: Sequence[int]) -> Edit:
         """The same edit for some rows of a batch."""
@@ -85,11 +113,27 @@ class Intervention:
     """In the order in which they are made; several may be of one layer."""
     positions: Positions = "last"
     """Which tokens; see `steering.setting`."""
+    gate: Gate | None = None
+    """Which rows with an image; None: all of them."""
 
     def __post_init__(self) -> None:
         if self.positions not in get_args(Positions):
             raise InputError(
                 f"positions is {self.positions!r}; one of {', '.join(get_args(Positions))}"
+            )
+        if self.gate is None:
+            return
+        if self.positions not in GATED_POSITIONS:
+            raise InputError(
+                f"a gate decides at the last prompt token, and positions is {self.positions!r}: "
+                f"earlier tokens would be run before. Choose {', '.join(GATED_POSITIONS)}"
+            )
+        read = self.gate.layers[-1]
+        below = sorted({edit.layer for edit in self.edits if edit.layer <= read})
+        if below:
+            raise InputError(
+                f"the gate reads decoder layer {read}, and layers {below[:5]} do not stand above "
+                f"it; steer layers from {read + 1} on"
             )
 
     @property
@@ -113,15 +157,16 @@ class Intervention:
             digest.update(
                 f"\x00{edit.layer} {edit.operator} {edit.strength!r} {edit.preserve_norm}".encode()
             )
-            for tensor in (edit.vector, edit.target):
-                if tensor is not None:
-                    plain = tensor.detach().float().cpu().contiguous()
-                    digest.update(f"\x00{tuple(plain.shape)}".encode() + plain.numpy().tobytes())
+            for tensor in edit.tensors:
+                plain = tensor.detach().float().cpu().contiguous()
+                digest.update(f"\x00{tuple(plain.shape)}".encode() + plain.numpy().tobytes())
+        if self.gate is not None:
+            digest.update(f"\x00gate {self.gate.key}".encode())
         return digest.hexdigest()
 
     def select(self, rows: Sequence[int]) -> Intervention:
         """The same intervention for some rows of a batch, in the order given."""
-        return Intervention(tuple(edit.select(rows) for edit in self.edits), self.positions)
+        return replace(self, edits=tuple(edit.select(rows) for edit in self.edits))
 
     def check(self, n_layers: int, hidden_size: int) -> None:
         """Refuse a model of another shape.
@@ -129,6 +174,11 @@ class Intervention:
         Raises:
             InputError: a layer is out of range, or a vector has another width.
         """
+        if self.gate is not None and self.gate.vectors.shape[1] != hidden_size:
+            raise InputError(
+                f"the gate's vectors are {self.gate.vectors.shape[1]} wide; this model's residual "
+                f"stream is {hidden_size}"
+            )
         for edit in self.edits:
             if not 0 <= edit.layer < n_layers:
                 raise InputError(
@@ -142,20 +192,29 @@ class Intervention:
                 )
 
 
-def shift_intervention(vectors: torch.Tensor, steering: Steering) -> Intervention:
+def shift_intervention(
+    vectors: torch.Tensor, steering: Steering, gate: Gate | None = None
+) -> Intervention:
     """Shift vectors under a setting: h <- h + alpha * delta_l at each chosen layer.
 
     Args:
-        vectors: float [L, d] for all rows, or [R, L, d] with one set for each row.
+        vectors: float [L, d] for all rows, or [R, L, d] with one set for each row. Under the
+            schedule `sequential` row l is delta_l itself (`shift.sequential`).
         steering: schedule, strength, positions, layers.
+        gate: decides which rows with an image are steered; it stands below the chosen layers.
 
     Raises:
-        InputError: the vectors have another number of dimensions or hold NaN, or a layer is out of
-            range.
+        InputError: the vectors have another number of dimensions or hold NaN, a layer is out of
+            range, or the setting's operator is not `add`.
     """
     if vectors.dim() not in (2, 3):
         raise InputError(
             f"vectors are {tuple(vectors.shape)}; expected [layers, width], or one such set a row"
+        )
+    if steering.operator != "add":
+        raise InputError(
+            f"the operator {steering.operator!r} needs an artifact with a refusal direction and "
+            "the text of each request; vectors alone are added"
         )
     vectors = vectors.float()
     edits = []
@@ -168,4 +227,38 @@ def shift_intervention(vectors: torch.Tensor, steering: Steering) -> Interventio
         )
         if steering.schedule == "telescoped":
             previous = vector
-    return Intervention(tuple(edits), steering.positions)
+    return Intervention(tuple(edits), steering.positions, gate)
+
+
+def fill_intervention(
+    direction: torch.Tensor,
+    text_states: torch.Tensor,
+    steering: Steering,
+    gate: Gate | None = None,
+) -> Intervention:
+    """Fill along the refusal direction: h <- h + alpha relu(h_t . r - h . r) r, layer after layer.
+
+    r is the unit vector of `direction`; h_t is what the same request has as text. The coordinate is
+    raised to that of the text and never lowered, and nothing else of the state moves.
+
+    Args:
+        direction: float32 [L, d], refusal direction (`shift.direction`).
+        text_states: float32 [R, L, d], each row's last-prompt-token states as text alone.
+        steering: strength and layers; its positions are `last_prompt`.
+        gate: decides which rows with an image are steered.
+
+    Raises:
+        InputError: a layer is out of range, or the shapes differ.
+    """
+    if direction.dim() != 2 or tuple(text_states.shape[1:]) != tuple(direction.shape):
+        raise InputError(
+            f"the refusal direction is {tuple(direction.shape)} and the text states are "
+            f"{tuple(text_states.shape)}; expected [L, d] and [rows, L, d]"
+        )
+    unit = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    targets = (text_states * unit).sum(-1)
+    edits = tuple(
+        Edit(layer, unit[layer], "fill", float(steering.alpha), targets[:, layer].contiguous())
+        for layer in steering.chosen_layers(direction.shape[0])
+    )
+    return Intervention(edits, steering.positions, gate)

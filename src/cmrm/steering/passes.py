@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cmrm.steering.positions import Layout, chosen
+from cmrm.errors import SteeringError
+from cmrm.steering.intervention import Intervention
+from cmrm.steering.positions import Conversation, Layout, chosen
 from cmrm.steering.setting import Positions
 
 if TYPE_CHECKING:
@@ -26,11 +28,16 @@ class Pass:
     """Those that steer it, in order."""
     decoding: bool = False
     """One generated token a row: the same object serves every such pass of a conversation."""
+    conversation: Conversation | None = None
+    """What it belongs to; None where nothing is steered."""
     addends: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     """What sessions add in such passes, [B, 1, d], by edit."""
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    """float32 [B] on the CPU: what gates have summed up so far, by their interventions' keys."""
     _masks: dict[Positions, torch.Tensor] = field(default_factory=dict)
     _counts: dict[Positions, list[int]] = field(default_factory=dict)
     _factors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    _open_counts: dict[str, list[int]] = field(default_factory=dict)
 
     def mask(self, positions: Positions) -> torch.Tensor:
         """bool [B, T]: tokens that are steered under `positions`."""
@@ -50,6 +57,52 @@ class Pass:
         key = (positions, like.device, like.dtype)
         if key not in self._factors:
             self._factors[key] = self.mask(positions)[..., None].to(like.device, like.dtype)
+        return self._factors[key]
+
+    def last_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Place of each row's last prompt token in this pass, int64 [B], and whether it is there,
+        bool [B]."""
+        assert self.layout is not None
+        places = self.layout.last_prompt - self.layout.start
+        inside = (places >= 0) & (places < self.layout.width)
+        return places.clamp(0, self.layout.width - 1), inside
+
+    def decision(self, part: Intervention) -> torch.Tensor | None:
+        """bool [B] on the CPU: rows that the gate of `part` opens for; None before it decides."""
+        return None if self.conversation is None else self.conversation.decisions.get(part.key)
+
+    def open_counts(self, part: Intervention) -> list[int]:
+        """Number of tokens of each row at the positions of a gated intervention, 0 where its gate
+        is closed.
+
+        Raises:
+            SteeringError: there are such tokens, and the gate has not decided.
+        """
+        if part.key not in self._open_counts:
+            counts, rows_open = self.count(part.positions), self.decision(part)
+            if rows_open is None:
+                if any(counts):
+                    raise SteeringError(
+                        "the gate has not read this turn's last prompt token: its prompt was run "
+                        "outside of this steering. Prefill inside the block"
+                    )
+                return counts
+            opened = rows_open.tolist()
+            self._open_counts[part.key] = [
+                count if is_open else 0 for count, is_open in zip(counts, opened, strict=True)
+            ]
+        return self._open_counts[part.key]
+
+    def open_factor(self, part: Intervention, like: torch.Tensor) -> torch.Tensor:
+        """`factor` of an intervention's positions, 0 in rows whose gate is closed."""
+        if part.gate is None:
+            return self.factor(part.positions, like)
+        key = (part.key, like.device, like.dtype)
+        if key not in self._factors:
+            rows_open = self.decision(part)
+            assert rows_open is not None
+            opened = rows_open.to(like.device, like.dtype)[:, None, None]
+            self._factors[key] = self.factor(part.positions, like) * opened
         return self._factors[key]
 
 

@@ -8,6 +8,7 @@ tokens are generated. Nothing here depends on how many passes the columns are ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +45,9 @@ class Conversation:
     """Whether columns of it were run that no steering saw, or another one."""
     steered_by: str | None = None
     """Key of the interventions that its columns were run under."""
+    decisions: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """bool [B] on the CPU by the key of a gated intervention: rows whose gate is open in this turn.
+    Replaced when a gate decides, never changed in place."""
     decoding: object | None = field(default=None, repr=False)
     """What the tracker keeps between passes of one generated token each."""
 
@@ -72,7 +76,11 @@ class Conversation:
             name: None if tensor is None else tensor.repeat_interleave(times, dim=0)
             for name, tensor in tensors.items()
         }
-        return self.changed(**repeated)
+        decisions = {
+            key: rows_open.repeat_interleave(times, dim=0)
+            for key, rows_open in self.decisions.items()
+        }
+        return self.changed(decisions=decisions, **repeated)
 
 
 @dataclass(frozen=True, eq=False)

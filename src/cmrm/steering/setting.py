@@ -7,6 +7,7 @@ image.
 |---|---|---|
 | `telescoped` | v_l - v_(previous chosen layer), the first one v_l | v_l |
 | `per_layer` | v_l, the paper's letter | sum of all v up to l |
+| `sequential` | mean of h_t,l - h'_c,l with all lower chosen layers steered | exactly v_l |
 
 | positions | steered |
 |---|---|
@@ -15,6 +16,13 @@ image.
 | `after_image` | every position behind the row's last image token, and every generated token |
 | `generated` | generated tokens alone |
 | `last_prompt` | the last prompt token of a turn alone |
+
+| operator | at each chosen layer |
+|---|---|
+| `add` | h <- h + alpha * delta_l |
+| `fill` | h <- h + alpha relu(h_t . r_l - h . r_l) r_l, r_l the refusal direction; once |
+
+h_t is the state that the same request has as text, h'_c the steered state with a corrupted image.
 """
 
 from __future__ import annotations
@@ -26,7 +34,8 @@ from typing import Any, Literal, get_args
 
 from cmrm.errors import InputError
 
-Schedule = Literal["telescoped", "per_layer"]
+Schedule = Literal["telescoped", "per_layer", "sequential"]
+Move = Literal["add", "fill"]
 Positions = Literal["last", "all", "after_image", "generated", "last_prompt"]
 
 
@@ -45,6 +54,11 @@ class Steering:
     """0-based decoder layers that are steered, in ascending order; None: all."""
     preserve_norm: bool = False
     """Rescale each steered state to the norm that it had before."""
+    operator: Move = "add"
+    """What is done to a state. `fill` acts once, at the last prompt token: the positions `last`
+    mean `last_prompt` under it, and the schedule has no effect."""
+    gate: bool = False
+    """Steer those rows alone for which the artifact's harm gate opens."""
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
@@ -63,8 +77,39 @@ class Steering:
             )
         if self.layers is not None:
             object.__setattr__(self, "layers", layer_numbers(self.layers))
-        if not isinstance(self.preserve_norm, bool):
-            raise InputError(f"preserve_norm is {self.preserve_norm!r}; it is true or false")
+        for name in ("preserve_norm", "gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it is true or false")
+        if self.operator not in get_args(Move):
+            raise InputError(f"operator is {self.operator!r}; one of {', '.join(get_args(Move))}")
+        if self.operator == "fill" and self.positions == "last":
+            object.__setattr__(self, "positions", "last_prompt")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse combinations that mean nothing.
+
+        Raises:
+            InputError: two settings exclude each other.
+        """
+        if self.operator == "fill" and (self.positions != "last_prompt" or self.preserve_norm):
+            raise InputError(
+                "the operator fill raises one coordinate at the last prompt token; it goes with "
+                "positions last_prompt and without preserve_norm"
+            )
+        if self.schedule == "sequential" and self.operator == "add":
+            if self.positions not in ("last", "last_prompt"):
+                raise InputError(
+                    f"the schedule sequential is estimated at the last prompt token; positions is "
+                    f"{self.positions!r}, choose last or last_prompt"
+                )
+            if self.preserve_norm:
+                raise InputError("the schedule sequential goes without preserve_norm")
+        if self.gate and self.positions in ("all", "after_image"):
+            raise InputError(
+                f"a gate decides at the last prompt token; positions is {self.positions!r}, choose "
+                "last, last_prompt or generated"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Steering:

@@ -208,7 +208,7 @@ class Tracker:
             self._pending[thread] = conversation
         decoding = call.width == 1 and call.start >= conversation.prompt_end
         layout = Layout.of(conversation, call.start, call.width, call.real, tokens.device)
-        current = Pass((call.rows, call.width), layout, sessions, decoding)
+        current = Pass((call.rows, call.width), layout, sessions, decoding, conversation)
         conversation.decoding = current if decoding and cache is not None else None
         for session in sessions:
             session.began(conversation, current)

@@ -1,0 +1,70 @@
+"""What benign anchors add to a shift: refusal direction, harm gate, recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Condition, build_request
+from cmrm.prompts.sample import Sample
+from cmrm.shift.capture import capture
+from cmrm.shift.gap import measure_gap, recommended_setting
+from cmrm.shift.harm_gate import fit_gate
+from cmrm.shift.summary import Summary
+from cmrm.steering.gate import Gate
+from cmrm.steering.setting import Steering
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Parts of an artifact that are fitted on harmful and benign anchors; empty without benign
+    ones."""
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """`direction`, float32 [L, d]."""
+    gate: Gate | None = None
+    """The harm gate."""
+    records: Mapping[str, Any] = field(default_factory=dict)
+    """How well each does, as JSON: `gap` and `gate`."""
+    recommended: Steering | None = None
+    """By the rule of `shift.gap`."""
+
+
+def fitted(
+    vlm: VLM,
+    harmful: Summary,
+    benign: Summary,
+    *,
+    false_alarms: float,
+    seed: int,
+    recommended: Steering | None = None,
+    questions: Sequence[Sample] = (),
+    batch_size: int = 16,
+) -> Fit:
+    """Direction, gate and recommendation from the summaries of both kinds of anchors.
+
+    Where `recommended` has a gate and names its layers, the gate stands below the lowest of them.
+
+    Raises:
+        InputError: there are too few anchors.
+    """
+    direction = (harmful.text_mean - benign.text_mean).float()
+    below = None
+    if recommended is not None and recommended.gate and recommended.layers is not None:
+        below = recommended.layers[0] - 1
+    gate, record = fit_gate(
+        harmful.corrupted, benign.corrupted, false_alarms=false_alarms, layer=below, seed=seed
+    )
+    if questions:
+        requests = [build_request(sample, Condition.ORIGINAL) for sample in questions]
+        states = capture(vlm, requests, batch_size=batch_size)[:, list(gate.layers)]
+        share = float(gate.opens(states).double().mean())
+        record = replace(record, questions=share, n_questions=len(requests))
+    gap = measure_gap(harmful.text, harmful.corrupted, benign.text, seed=seed)
+    records = {"gap": gap.to_json(), "gate": record.to_json()}
+    setting = recommended_setting(gap, vlm.n_layers)
+    return Fit({"direction": direction}, gate, records, setting)

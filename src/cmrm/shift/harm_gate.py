@@ -1,0 +1,154 @@
+"""The harm gate: a probe of the state WITH an image that says whether the request is harmful.
+
+It is fitted on the corrupted-image states that the extraction runs anyway: harmful anchors against
+benign ones, at the last prompt token. Layer and threshold are chosen by cross-validation:
+
+- layer: the lowest one whose area under the ROC curve (AUC) is within one standard error of the
+  best, so that as many layers as possible stand above it;
+- threshold: the score that the wanted share of held-out benign anchors exceeds.
+
+Conditional steering is CAST's idea (Lee et al., arXiv 2409.05907); probe and rule are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cmrm.errors import InputError
+from cmrm.shift.probe import auc, auc_error, fit_probe, folds_of
+from cmrm.steering.gate import Gate
+
+FALSE_ALARMS = 0.05
+"""Share of benign requests that may be taken for harmful ones, where the user names none."""
+FOLDS = 5
+LEAST = 10
+"""Fewer anchors of a kind than this give no threshold that can be trusted."""
+RIDGE = 100.0
+"""Penalty of the probe."""
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """How a gate was fitted, and how well it does on anchors that it was not fitted on."""
+
+    layer: int
+    """Decoder layer that is read."""
+    auc: tuple[float, ...]
+    """Cross-validated area under the ROC curve at every decoder layer, 0..1."""
+    wanted_false_alarms: float
+    """Share of benign anchors that was asked for."""
+    false_alarms: float
+    """Share of held-out benign anchors above the threshold."""
+    recall: float
+    """Share of held-out harmful anchors above it."""
+    n_harmful: int
+    """Harmful anchors that it was fitted on."""
+    n_benign: int
+    """Benign ones."""
+    questions: float | None = None
+    """Share of image questions that it would steer; None: not measured."""
+    n_questions: int = 0
+    """Number of those."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "auc": list(self.auc)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GateRecord:
+        """A record from its JSON values.
+
+        Raises:
+            TypeError, ValueError: a field is unknown, missing or of another kind.
+        """
+        record = cls(**{**values, "auc": tuple(float(area) for area in values["auc"])})
+        for name in ("wanted_false_alarms", "false_alarms", "recall"):
+            if not 0.0 <= getattr(record, name) <= 1.0:
+                raise ValueError(f"the gate's {name} is no share")
+        return record
+
+
+def check_false_alarms(share: float) -> None:
+    """Raise `InputError` where a share of false alarms is none."""
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0.0 < share < 1.0:
+        raise InputError(f"false_alarms is {share!r}; it is a share between 0 and 1, such as 0.05")
+
+
+def fit_gate(
+    harmful: torch.Tensor,
+    benign: torch.Tensor,
+    *,
+    false_alarms: float = FALSE_ALARMS,
+    layer: int | None = None,
+    seed: int = 0,
+) -> tuple[Gate, GateRecord]:
+    """A harm gate from states with an image; see the module for the rule.
+
+    Args:
+        harmful: float32 [N, L, d], last-prompt-token states of harmful anchors.
+        benign: float32 [M, L, d], of benign ones.
+        false_alarms: wanted share of benign requests above the threshold.
+        layer: 0-based decoder layer to read; None: chosen by the rule.
+        seed: of the folds.
+
+    Raises:
+        InputError: there are too few anchors, or `layer` leaves no layer above it.
+    """
+    check_false_alarms(false_alarms)
+    if min(len(harmful), len(benign)) < LEAST:
+        raise InputError(
+            f"{len(harmful)} harmful and {len(benign)} benign anchors were given; a gate needs at "
+            f"least {LEAST} of each"
+        )
+    n_layers = harmful.shape[1]
+    if layer is not None and not 0 <= layer < n_layers - 1:
+        raise InputError(
+            f"the gate's layer is {layer}; it is one of 0..{n_layers - 2}, since layers above it "
+            "are steered"
+        )
+    held_harmful, held_benign = held_out_scores(harmful, benign, seed=seed)
+    areas = auc(held_harmful, held_benign)
+    if layer is None:
+        layer = chosen_layer(areas, len(harmful), len(benign))
+    quantile = torch.quantile(held_benign[:, layer].double(), 1 - false_alarms)
+    threshold = float(quantile)
+    probe = fit_probe(harmful, benign, RIDGE)
+    gate = Gate(
+        "linear", (layer,), probe.weight[layer][None].clone(), threshold,
+        bias=float(probe.bias[layer]),
+    )  # fmt: skip
+    record = GateRecord(
+        layer,
+        tuple(round(float(area), 4) for area in areas),
+        false_alarms,
+        float((held_benign[:, layer] > threshold).double().mean()),
+        float((held_harmful[:, layer] > threshold).double().mean()),
+        len(harmful),
+        len(benign),
+    )
+    return gate, record
+
+
+def held_out_scores(
+    harmful: torch.Tensor, benign: torch.Tensor, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores float32 [N, L] and [M, L] of each anchor by a probe that was not fitted on it."""
+    scores = [torch.empty(states.shape[:2]) for states in (harmful, benign)]
+    folds = [folds_of(len(states), FOLDS, seed) for states in (harmful, benign)]
+    for fold in range(FOLDS):
+        probe = fit_probe(harmful[folds[0] != fold], benign[folds[1] != fold], RIDGE)
+        for states, assigned, out in zip((harmful, benign), folds, scores, strict=True):
+            out[assigned == fold] = probe.scores(states[assigned == fold])
+    return scores[0], scores[1]
+
+
+def chosen_layer(areas: torch.Tensor, positives: int, negatives: int) -> int:
+    """The lowest layer within one standard error of the best area; the last layer is never it."""
+    candidates = areas[:-1]
+    best = candidates.max()
+    error = auc_error(best, positives, negatives)
+    return int((candidates >= best - error).nonzero()[0])

@@ -1,0 +1,116 @@
+"""The sequential schedule: each layer's vector is estimated with all lower chosen layers steered.
+
+For the chosen layers in ascending order:  delta_l = mean over anchors of (h_t,l - h'_c,l), h'_c the
+corrupted-image state with the deltas of all lower chosen layers added. With alpha 1.0 the anchors'
+mean state equals the text mean at every chosen layer exactly, not to first order as under
+`telescoped` (closed-loop estimation, as in JRS-Rem, arXiv 2603.17372, and MARS, arXiv 2606.31876).
+
+Only the last prompt token is moved, so each layer costs one pass over the anchors' texts behind the
+cached prefix, which ends at that layer. Memory does not grow with the number of anchors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from cmrm.model.batching import in_batches
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request
+from cmrm.prompts.sample import Sample
+from cmrm.shift.capture import Steps
+from cmrm.shift.checkpoint import read_state, write_state
+from cmrm.shift.prefix import SharedPrefix
+from cmrm.shift.processes import process, total_over_processes
+
+
+def sequential_vectors(
+    vlm: VLM,
+    anchors: Sequence[Sample],
+    corrupted: Callable[[Sample], Request],
+    text_mean: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    runner: SharedPrefix | None,
+    batch_size: int,
+    checkpoint: Path | None,
+    key: str,
+    seconds: float,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """delta_l of the chosen layers: float32 [L, d], zero elsewhere.
+
+    Args:
+        vlm: the model.
+        anchors: all anchors, in the same order in each process.
+        corrupted: a sample's request with its corrupted image.
+        text_mean: float64 [L, d], mean of h_t over all anchors.
+        layers: chosen decoder layers, ascending.
+        runner: shared prefix of the corrupted prompts; None: every prompt is run whole.
+        batch_size: prompts per pass.
+        checkpoint: file that records finished layers and the sum of the one that is run.
+        key: identifies the run.
+        seconds: least time between two writings of the checkpoint.
+        on_batch: called after each batch with its number of prompts.
+
+    Raises:
+        InputError: the checkpoint belongs to another run.
+    """
+    rank, world = process()
+    share = sorted(anchors, key=lambda sample: len(sample.query))[rank::world]
+    states_of = runner.states if runner is not None else _whole(vlm)
+    deltas = torch.zeros(vlm.n_layers, vlm.hidden_size)
+    total = torch.zeros(vlm.hidden_size, dtype=torch.float64)
+    finished, seen = 0, 0
+    key = f"sequential {key} {','.join(map(str, layers))}"
+    stored = read_state(checkpoint, key) if checkpoint is not None else None
+    if stored is not None:
+        tensors = stored[1]
+        deltas, total = tensors["deltas"].clone(), tensors["total"].clone()
+        finished, seen = (int(value) for value in tensors["progress"])
+    written = time.monotonic()
+
+    def record() -> None:
+        nonlocal written
+        if checkpoint is not None:
+            progress = torch.tensor([finished, seen])
+            tensors = {"deltas": deltas, "total": total, "progress": progress}
+            write_state(checkpoint, {"key": key, "chain": ""}, tensors)
+            written = time.monotonic()
+
+    if on_batch is not None and (finished or seen):
+        on_batch(finished * len(share) + seen)
+    try:
+        for layer in layers[finished:]:
+            added = {below: deltas[below] for below in layers[:finished]}
+            steps = Steps(added, until=layer)
+
+            def work(batch: list[Sample], steps: Steps = steps) -> torch.Tensor:
+                states = states_of([corrupted(sample) for sample in batch], steps)
+                return states[:, -1].double().sum(0)
+
+            for batch, subtotal in in_batches(share[seen:], batch_size, work):
+                total += subtotal
+                seen += len(batch)
+                if on_batch is not None:
+                    on_batch(len(batch))
+                if time.monotonic() - written >= seconds:
+                    record()
+            mean = total_over_processes(total) / len(anchors)
+            deltas[layer] = (text_mean[layer] - mean).float()
+            finished, seen = finished + 1, 0
+            total = torch.zeros_like(total)
+    except BaseException:
+        record()
+        raise
+    return deltas
+
+
+def _whole(vlm: VLM) -> Callable[[Sequence[Request], Steps], torch.Tensor]:
+    from cmrm.model.encode import encode
+    from cmrm.shift.capture import capture_inputs
+
+    return lambda requests, steps: capture_inputs(vlm, encode(vlm, requests), steps)
