@@ -34,7 +34,12 @@ SMALL = replace(
     geometry_per_category=1,
     max_new_tokens=3,
     batch_size=8,
+    anchors_per_category=1,
+    mixed=True,
 )
+
+
+DEFENSES = ("cmrm_dataset", "cmrm_dataset@mixed", "cmrm_sample", "cmrm_fill", "cmrm_gated")
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +114,8 @@ def test_results_hold_every_cell(whole: Whole) -> None:
     cells = cells_of(results)
     assert set(cells) == {
         *(("demo", condition.value, "none") for condition in FIVE),
-        ("demo", "original", "cmrm_dataset"),
-        ("demo", "original", "cmrm_sample"),
-        *(("easy-vqa", "original", name) for name in ("none", "cmrm_dataset", "cmrm_sample")),
+        *(("demo", "original", name) for name in DEFENSES),
+        *(("easy-vqa", "original", name) for name in ("none", *DEFENSES)),
     }
     for (name, condition, _), cell in cells.items():
         judged = cell["judges"]["keyword"]
@@ -127,7 +131,7 @@ def test_results_hold_every_cell(whole: Whole) -> None:
 
 def test_the_share_of_the_gap_has_an_interval(whole: Whole) -> None:
     gaps = whole.results["gaps"]
-    assert {gap["defense"] for gap in gaps} == {"cmrm_dataset", "cmrm_sample"}
+    assert {gap["defense"] for gap in gaps} == set(DEFENSES)
     for gap in gaps:
         assert {"value", "low", "high", "n"} <= set(gap)
 
@@ -159,7 +163,7 @@ def test_batches_never_mix_labels(whole: Whole) -> None:
 
 
 def test_the_bar_counts_every_prompt(whole: Whole) -> None:
-    assert sum(whole.ticks) == Prompts.of(SMALL).passes
+    assert sum(whole.ticks) == Prompts.of(SMALL).passes(SMALL)
 
 
 def test_same_seed_same_bytes(demo: Demo, whole: Whole, tmp_path: Path) -> None:
@@ -207,6 +211,8 @@ demo_module.demo_checkpoint = lambda: checkpoint
 small = replace(
     QUICK, per_category=1, vqa=6, sweep_per_category=1, geometry_per_category=1, max_new_tokens=3,
     batch_size=8,
+    anchors_per_category=1,
+    mixed=True,
 )
 run_demo(
     out, small, say=lambda text: None, tick=lambda n: print(n, flush=True), start=lambda total: None

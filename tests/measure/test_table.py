@@ -73,6 +73,36 @@ def test_a_defence_is_compared_on_the_same_samples() -> None:
     assert row["p_holm"] == row["p_value"] == pytest.approx(2 / 2**4)
 
 
+def test_a_defence_is_compared_with_the_query_as_text_too() -> None:
+    ids = [f"s{k}" for k in range(8)]
+
+    def refusing(n: int, condition: str, defense: str = "none") -> Cell:
+        verdicts = ["refused" if k < n else "complied" for k in range(8)]
+        outcomes = [outcome(key, "benign", v) for key, v in zip(ids, verdicts, strict=True)]
+        return cell("a", outcomes, condition=condition, defense=defense)
+
+    cells = [refusing(3, "query"), refusing(1, "original"), refusing(2, "original", "ecso")]
+    rows = results_of(cells)["comparisons"]
+    assert [(row["baseline"], row["difference"]) for row in rows] == [
+        ("untouched", pytest.approx(1 / 8)),
+        ("text", pytest.approx(-1 / 8)),
+    ]
+
+
+def test_lost_accuracy_is_compared_answer_by_answer() -> None:
+    def answered(right: int, defense: str) -> Cell:
+        outcomes = [
+            Outcome(f"q{k}", "utility", "-", REQUEST, REPLY, {}, scores={"exact": "C" if k < right else "I"})
+            for k in range(6)
+        ]  # fmt: skip
+        return cell("a", outcomes, defense=defense)
+
+    (row,) = results_of([answered(5, "none"), answered(3, "ecso")])["comparisons"]
+    assert (row["outcome"], row["judge"], row["n"]) == ("accuracy", "exact match", 6)
+    assert row["difference"] == pytest.approx(-2 / 6)
+    assert (row["only_before"], row["only_after"]) == (2, 0)
+
+
 def test_gaps_need_the_text_the_image_and_the_defence() -> None:
     def asked(verdict: str, condition: str, defense: str = "none") -> Cell:
         outcomes = [outcome(f"s{k}", "harmful", verdict) for k in range(4)]

@@ -12,8 +12,8 @@ from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
 from cmrm.shift.artifact import Provenance, ShiftVectors
 from cmrm.shift.estimate import Estimator, SampleLevel, check_estimator
-from cmrm.shift.gap import upper_half
 from cmrm.shift.harm_gate import FALSE_ALARMS, check_false_alarms
+from cmrm.shift.other_gates import FittedGate, check_gate_kind
 from cmrm.shift.resolve import nonzero_layers, resolved
 from cmrm.steering.intervention import Intervention, shift_intervention
 from cmrm.steering.setting import PRESETS, Steering
@@ -60,14 +60,18 @@ class CmrmDataset(_Steered):
         estimator: Estimator = "pca",
         mixed: bool = False,
         false_alarms: float = FALSE_ALARMS,
+        gate_kind: FittedGate = "probe",
         **setting: Any,
     ) -> None:
         """`mixed`: the shift is that of harmful and benign anchors together; `false_alarms`: share
-        of benign requests that a gate may take for harmful ones."""
+        of benign requests that a gate may take for harmful ones; `gate_kind`: `probe`, or
+        `cosine` or `vocabulary` of `shift.other_gates`."""
         super().__init__(**setting)
         check_estimator(estimator)
         typed("mixed", mixed, bool, "true or false")
         check_false_alarms(false_alarms)
+        check_gate_kind(gate_kind)
+        self.gate_kind: FittedGate = gate_kind
         self.estimator: Estimator = estimator
         self.mixed = mixed
         self.false_alarms = false_alarms
@@ -76,7 +80,7 @@ class CmrmDataset(_Steered):
     def settings(self) -> dict[str, Any]:
         """Those of the steering, and of the estimate."""
         made = {"estimator": self.estimator, "mixed": self.mixed, "false_alarms": self.false_alarms}
-        return {**super().settings, **made}
+        return {**super().settings, **made, "gate_kind": self.gate_kind}
 
     @property
     def needs_benign(self) -> bool:
@@ -90,7 +94,7 @@ class CmrmDataset(_Steered):
         if not self.needs_benign and self.steering.schedule != "sequential":
             return made
         steering = replace(self.steering, alpha=1.0)
-        return (*made, self.false_alarms, steering)
+        return (*made, self.false_alarms, self.gate_kind, steering)
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """`shift.estimate.estimate_shift` on the harmful anchors, and those that are added to
@@ -103,6 +107,7 @@ class CmrmDataset(_Steered):
             seed=self.level.seed,
             mixed=self.mixed,
             false_alarms=self.false_alarms,
+            gate_kind=self.gate_kind,
             recommended=self.steering,
             batch_size=data.batch_size,
         )
@@ -153,21 +158,16 @@ class CmrmFill(CmrmDataset):
         """See `CmrmDataset`; `layers` None: the upper half."""
         super().__init__(operator=operator, **setting)
 
-    def intervene(
-        self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
-    ) -> list[Intervention]:
-        """The fill, in rows with an image."""
-        if self.steering.layers is None and not self.steering.gate:
-            self.steering = replace(self.steering, layers=upper_half(engine.n_layers))
-        return super().intervene(engine, requests, keys)
-
 
 class CmrmGated(CmrmDataset):
     """Sequential vectors above a harm gate, for the rows that it opens for; no extra pass."""
 
     name = "cmrm_gated"
     source = "CMRM (arXiv 2410.09047), sequential, gated (after CAST, arXiv 2409.05907)"
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "cosine": {"gate_kind": "cosine"},
+        "vocabulary": {"gate_kind": "vocabulary"},
+    }
 
     def __init__(self, *, schedule: str = "sequential", gate: bool = True, **setting: Any) -> None:
         """See `CmrmDataset`; `layers` None: all above the gate."""

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from cmrm.defenses import Defense, make_defense
-from cmrm.defenses.cmrm import CmrmDataset, CmrmSample
+from cmrm.defenses.cmrm import CmrmDataset, CmrmFill, CmrmGated, CmrmSample
 from cmrm.demo import DEMO
 from cmrm.demo.settings import (
     ALPHAS,
@@ -18,6 +19,9 @@ from cmrm.demo.settings import (
     CORRUPTION,
     DATASET_STEERING,
     ESTIMATOR,
+    FALSE_ALARMS,
+    FILL_STEERING,
+    GATED_STEERING,
     SAMPLE_STEERING,
     Budget,
 )
@@ -69,6 +73,8 @@ class Prompts:
 
     anchors: Sequence[Sample]
     """Harmful requests that the shift is estimated on."""
+    lookalikes: Sequence[Sample]
+    """Benign look-alikes that direction and gate are fitted on, and the mixed shift."""
     harmful: Sequence[Sample]
     """Harmful requests of the test split."""
     benign: Sequence[Sample]
@@ -84,7 +90,8 @@ class Prompts:
     def of(cls, budget: Budget) -> Prompts:
         """The samples that a budget pays for."""
         return cls(
-            anchors=prompt_samples("anchor", "harmful"),
+            anchors=prompt_samples("anchor", "harmful", per_category=budget.anchors_per_category),
+            lookalikes=prompt_samples("anchor", "benign", per_category=budget.anchors_per_category),
             harmful=prompt_samples("test", "harmful", per_category=budget.per_category),
             benign=prompt_samples("test", "benign", per_category=budget.per_category),
             questions=visual_questions("test", budget.vqa, seed=budget.seed),
@@ -92,12 +99,13 @@ class Prompts:
             drawn=prompt_samples("test", "harmful", per_category=budget.geometry_per_category),
         )
 
-    @property
-    def passes(self) -> int:
+    def passes(self, budget: Budget) -> int:
         """Prompts that the run passes through the model, for its progress bar."""
-        defended = 2 * (len(self.harmful) + len(self.benign)) + 3 * len(self.questions)
+        both = len(self.harmful) + len(self.benign)
+        defenses = 5 if budget.mixed else 4
+        defended = defenses * (both + len(self.questions)) + len(self.questions)
         untouched = len(FIVE) * len(self.harmful) + 2 * len(self.benign)
-        states = 2 * len(self.anchors) + len(FIVE) * len(self.drawn)
+        states = len(FIVE) * len(self.drawn)
         return defended + untouched + states + len(ALPHAS) * len(self.swept)
 
 
@@ -223,6 +231,29 @@ def dataset_level(shift: ShiftVectors, steering: Steering) -> CmrmDataset:
     return defense
 
 
+def mixed_level(shift: ShiftVectors, steering: Steering) -> CmrmDataset:
+    """CMRM at dataset level with vectors of harmful and benign anchors together."""
+    defense = dataset_level(shift, steering)
+    defense.name = f"{defense.name}@mixed"
+    return defense
+
+
+def fill_level(shift: ShiftVectors) -> CmrmFill:
+    """Fill along the refusal direction, at the setting that the anchors recommend."""
+    defense = CmrmFill(corruption=CORRUPTION, **FILL_STEERING.to_json())
+    defense.use(shift)
+    return defense
+
+
+def gated_level(shift: ShiftVectors) -> CmrmGated:
+    """Sequential vectors above the harm gate."""
+    defense = CmrmGated(
+        corruption=CORRUPTION, false_alarms=FALSE_ALARMS, **GATED_STEERING.to_json()
+    )
+    defense.use(shift)
+    return defense
+
+
 def sample_level(steering: Steering) -> CmrmSample:
     """CMRM at sample level."""
     return CmrmSample(corruption=CORRUPTION, **steering.to_json())
@@ -274,12 +305,13 @@ def run_demo(
     say("assembling the demo VLM (once, into the cache)")
     engine = TransformersEngine(load_vlm(DEMO, dtype="bfloat16"))
     prompts = Prompts.of(budget)
-    start(prompts.passes)
+    start(prompts.passes(budget))
     bench = Bench(engine, budget, ReplyStore(state / "replies.db"), tick)
     say("states of anchors")
-    shift = _shift(bench, prompts.anchors, state)
+    shift = _shift(bench, prompts, state)
     shift.save(out / "shift.safetensors")
-    results = measure(bench, prompts, shift, state, say=say)
+    mixed = _shift(bench, prompts, state, mixed=True) if budget.mixed else None
+    results = measure(bench, prompts, shift, mixed, state, say=say)
     write_json(out / "results.json", results)
     say("writing the report")
     with atomic_path(out / "table.md") as part:
@@ -289,12 +321,24 @@ def run_demo(
 
 
 def measure(
-    bench: Bench, prompts: Prompts, shift: ShiftVectors, state: Path, *, say: Say
+    bench: Bench,
+    prompts: Prompts,
+    shift: ShiftVectors,
+    mixed: ShiftVectors | None,
+    state: Path,
+    *,
+    say: Say,
 ) -> dict[str, Any]:
-    """All results of one run, in the form of `measure.schema.Results`."""
+    """All results of one run, in the form of `measure.schema.Results`.
+
+    `mixed`: the shift of harmful and benign anchors together; None: not measured.
+    """
     defenses: list[Defense] = [
         dataset_level(shift, DATASET_STEERING),
+        *([] if mixed is None else [mixed_level(mixed, DATASET_STEERING)]),
         sample_level(SAMPLE_STEERING),
+        fill_level(shift),
+        gated_level(shift),
     ]
     both = [*prompts.harmful, *prompts.benign]
     cells = []
@@ -334,40 +378,44 @@ def measure(
         "examples": examples_of(cells),
         "geometry": geometry,
         "alpha_sweep": sweep,
-        "shift": shift_info(shift.provenance),
+        "shift": shift_info(shift),
     })  # fmt: skip
 
 
-def _shift(bench: Bench, anchors: Sequence[Sample], state: Path) -> ShiftVectors:
-    """The vectors of this run; from `state` where they are."""
-    file = state / "shift.safetensors"
+def _shift(bench: Bench, prompts: Prompts, state: Path, *, mixed: bool = False) -> ShiftVectors:
+    """What this run fits on the anchors; from `state` where it is."""
+    file = state / ("shift-mixed.safetensors" if mixed else "shift.safetensors")
+    anchors, lookalikes = prompts.anchors, prompts.lookalikes
     wanted = {
         "estimator": ESTIMATOR, "corruption": CORRUPTION, "seed": bench.budget.seed,
-        "anchor_hash": set_hash(anchors), "versions": library_versions(),
+        "anchor_hash": set_hash(anchors), "benign_hash": set_hash(lookalikes),
+        "versions": library_versions(),
     }  # fmt: skip
-    stored = _stored_shift(file, bench.engine, wanted)
+    stored = _stored_shift(file, bench.engine, wanted, mixed=mixed)
     if stored is not None:
-        bench.tick(2 * len(anchors))
         return stored
     identity = str(bench.engine.context()["identity"])
-    checkpoint = state / f"shift-{identity[:8]}-{str(wanted['anchor_hash'])[:8]}.partial"
+    name = f"{file.stem}-{identity[:8]}-{str(wanted['anchor_hash'])[:8]}.partial"
+    checkpoint = state / name
     shift = bench.engine.estimate_shift(
         anchors,
+        benign=lookalikes,
         estimator=ESTIMATOR,
         corruption=CORRUPTION,
+        mixed=mixed,
+        false_alarms=FALSE_ALARMS,
         seed=bench.budget.seed,
         batch_size=bench.budget.batch_size,
-        recommended=DATASET_STEERING,
         checkpoint=checkpoint,
-        on_batch=bench.tick,
     )
     shift.save(file)
-    checkpoint.unlink(missing_ok=True)
+    for part in (checkpoint, *state.glob(f"{escape(name)}.*")):
+        part.unlink(missing_ok=True)
     return shift
 
 
 def _stored_shift(
-    file: Path, engine: TransformersEngine, wanted: Mapping[str, Any]
+    file: Path, engine: TransformersEngine, wanted: Mapping[str, Any], *, mixed: bool
 ) -> ShiftVectors | None:
     """The vectors in `file`, where they are this model's and have the wanted provenance."""
     if not file.is_file():
@@ -378,4 +426,6 @@ def _stored_shift(
     except CmrmError:
         return None
     made = {name: getattr(shift.provenance, name) for name in wanted}
-    return shift if made == wanted and shift.recommended == DATASET_STEERING else None
+    alarms = shift.records.get("gate", {}).get("wanted_false_alarms")
+    same = made == wanted and (shift.provenance.benign_share > 0) is mixed
+    return shift if same and alarms == FALSE_ALARMS else None

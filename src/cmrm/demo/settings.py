@@ -12,6 +12,12 @@ LOWER = tuple(range(21))
 """Decoder layers 0 to 20: the layers above still tell benign requests from harmful ones."""
 DATASET_STEERING = Steering(alpha=0.37, schedule="telescoped", positions="last", layers=LOWER)
 SAMPLE_STEERING = Steering(alpha=0.05, schedule="telescoped", positions="last")
+FILL_STEERING = Steering(operator="fill")
+"""In the upper half of the layers: what `estimate_shift` recommends, and no choice of ours."""
+GATED_STEERING = Steering(schedule="sequential", gate=True)
+"""Sequential vectors in all layers above the gate."""
+FALSE_ALARMS = 0.05
+"""Share of benign requests that the gate may take for harmful ones."""
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -34,6 +40,10 @@ class Budget:
     """Test prompts per category in the alpha sweep."""
     geometry_per_category: int | None
     """Test prompts per category whose states are plotted."""
+    anchors_per_category: int | None = None
+    """Anchors per category and label; None: all 8."""
+    mixed: bool = False
+    """Whether the shift of harmful and benign anchors together is measured too."""
     max_new_tokens: int = 24
     """Length limit of a reply; its start shows whether it refuses."""
     batch_size: int = 48
@@ -45,4 +55,4 @@ class Budget:
 QUICK = Budget(
     "quick", DEMO_PER_CATEGORY, DEMO_QUESTIONS, sweep_per_category=3, geometry_per_category=4
 )
-FULL = Budget("full", None, 1440, sweep_per_category=6, geometry_per_category=8)
+FULL = Budget("full", None, 1440, sweep_per_category=6, geometry_per_category=8, mixed=True)

@@ -160,7 +160,7 @@ def diagnose(
         "examples": examples_of(cells),
         "geometry": geometry,
         "left_out": left_out,
-        "shift": None if shift is None else shift_info(shift.provenance),
+        "shift": None if shift is None else shift_info(shift),
     })  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cmrm.model.identity import identity_of, public_name
 from cmrm.model.vlm import VLM
-from cmrm.shift.artifact import Provenance, library_versions
+from cmrm.shift.artifact import ShiftVectors, library_versions
 
 
 def model_info(vlm: VLM, name: str | None = None) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def model_info(vlm: VLM, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def shift_info(made: Provenance) -> dict[str, Any]:
+def shift_info(shift: ShiftVectors) -> dict[str, Any]:
     """A shift by layer, in the form of `measure.schema.ShiftInfo`."""
+    made = shift.provenance
     return {
         "n_anchors": made.n_anchors,
         "norms": list(made.norms),
@@ -35,6 +36,7 @@ def shift_info(made: Provenance) -> dict[str, Any]:
         "mean_norms": list(made.mean_norms),
         "mean_cosine": list(made.mean_cosine),
         "dropped_ratio": list(made.dropped_ratio),
+        "records": {name: dict(record) for name, record in shift.records.items()},
     }
 
 

@@ -130,15 +130,21 @@ class Comparison(Part):
     set: str
     condition: str
     defense: str
-    judge: str
-    outcome: str
+    judge: str = Field(description="`exact match` where answers are compared with the right ones")
+    outcome: str = Field(description="`unsafe`, `over_refusal` or `accuracy`")
+    baseline: str = Field(
+        default="untouched",
+        description="`untouched`: the model on the same input; `text`: on the query as text alone",
+    )
     difference: float
     low: float
     high: float
     only_before: int
     only_after: int
     p_value: float = Field(description="exact McNemar test, two-sided")
-    p_holm: float = Field(description="corrected over all comparisons of the judge")
+    p_holm: float = Field(
+        description="corrected over all comparisons of the judge with the same baseline"
+    )
     n: int
 
 
@@ -242,6 +248,11 @@ class ShiftInfo(Part):
     )
     dropped_ratio: list[float] = Field(
         default_factory=list, description="share that the sketch left out"
+    )
+    records: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="`gate`: how well the harm gate does; `gap`: the refusal coordinate that the "
+        "image takes, on the anchors",
     )
 
 

@@ -103,40 +103,66 @@ def cell_row(
     return row
 
 
+UNTOUCHED, TEXT = "untouched", "text"
+"""What a defence is compared with: the untouched model on the same input, or on the query as text
+alone, which is what a defence should give back."""
+
+ACCURACY = "exact match"
+"""Stands for the judge where answers are compared with the right ones."""
+
+
 def comparisons_of(
     cells: Sequence[Cell], judges: Sequence[str], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Every defence against the untouched model on the same samples, by judge and outcome."""
-    untouched = {(c.set, c.condition): c for c in cells if c.defense == "none"}
+    """Every defence against the untouched model on the same samples, by judge and outcome.
+
+    The base is the untouched model on the same input; with the original image also the untouched
+    model on the query as text, where that was asked. p values are corrected by Holm over each
+    judge's comparisons with the same base. Accuracy has no judge: answers are right or not.
+    """
+    by_key = {cell.key: cell for cell in cells}
     comparisons: list[dict[str, Any]] = []
-    for judge in judges:
-        family = []
-        for cell in cells:
-            base = untouched.get((cell.set, cell.condition))
-            if cell.defense == "none" or base is None:
-                continue
-            for outcome, kind, counted in OUTCOMES:
-                ids = [i for i, o in base.outcomes.items() if o.kind == kind and i in cell.outcomes]
-                comparison = paired(
-                    [_hit(base.outcomes[i], judge, counted) for i in ids],
-                    [_hit(cell.outcomes[i], judge, counted) for i in ids],
-                    seed=seed,
-                )
-                if comparison is not None:
-                    family.append(
-                        {
-                            "set": cell.set,
-                            "condition": cell.condition,
-                            "defense": cell.defense,
-                            "judge": judge,
-                            "outcome": outcome,
-                            **asdict(comparison),
-                        }
-                    )
-        for row, corrected in zip(family, holm([r["p_value"] for r in family]), strict=True):
-            row["p_holm"] = corrected
-        comparisons += family
+    for judge in (*judges, ACCURACY):
+        for baseline in (UNTOUCHED, TEXT):
+            family = []
+            for cell in cells:
+                if baseline == TEXT and (cell.condition != "original" or judge == ACCURACY):
+                    continue
+                condition = "query" if baseline == TEXT else cell.condition
+                base = by_key.get((cell.set, condition, "none"))
+                if cell.defense != "none" and base is not None:
+                    family += _compared(cell, base, judge, baseline, seed=seed)
+            corrected = holm([row["p_value"] for row in family])
+            for row, p_value in zip(family, corrected, strict=True):
+                row["p_holm"] = p_value
+            comparisons += family
     return comparisons
+
+
+def _compared(
+    cell: Cell, base: Cell, judge: str, baseline: str, *, seed: int
+) -> list[dict[str, Any]]:
+    """A row for each outcome of a cell beside its base."""
+    kinds = [("accuracy", "utility", None)] if judge == ACCURACY else OUTCOMES
+    rows = []
+    for outcome, kind, counted in kinds:
+        ids = [i for i, o in base.outcomes.items() if o.kind == kind and i in cell.outcomes]
+        before, after = (
+            [_counted(some.outcomes[i], judge, counted) for i in ids] for some in (base, cell)
+        )
+        comparison = paired(before, after, seed=seed)
+        if comparison is not None:
+            place = {"set": cell.set, "condition": cell.condition, "defense": cell.defense}
+            named = {"judge": judge, "outcome": outcome, "baseline": baseline}
+            rows.append({**place, **named, **asdict(comparison)})
+    return rows
+
+
+def _counted(outcome: Outcome, judge: str, counted: Verdict | None) -> bool | None:
+    """Whether a reply counts: by its verdict, or where none is counted as a right answer."""
+    if counted is None:
+        return outcome.scores.get(EXACT) == CORRECT
+    return _hit(outcome, judge, counted)
 
 
 def gaps_of(cells: Sequence[Cell], judges: Sequence[str], *, seed: int = 0) -> list[dict[str, Any]]:

@@ -167,14 +167,19 @@ def sweep_table(results: Results) -> Table:
     return Table(["alpha", "unsafe rate"], rows)
 
 
+BASELINES = {"untouched": "untouched, same input", "text": "untouched, as text"}
+
+
 def comparison_table(results: Results) -> Table:
-    """A row for each defence, set, outcome and judge: paired with the untouched model."""
-    columns = ["defence", "set", "outcome", "judge", "difference", "only before / after"]
+    """A row for each defence, set, outcome and judge: paired with the untouched model, on the same
+    input and on the query as text."""
+    columns = ["defence", "set", "outcome", "judge", "beside", "difference", "only before / after"]
     rows = []
     for row in results["comparisons"]:
         low, high = 100 * row["low"], 100 * row["high"]
         rows.append([
             row["defense"], row["set"], row["outcome"].replace("_", "-"), row["judge"],
+            BASELINES[row.get("baseline", "untouched")],
             f"{100 * row['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]",
             f"{row['only_before']} / {row['only_after']}",
             f"{row['p_value']:.2g}", f"{row['p_holm']:.2g}", str(row["n"]),

@@ -25,6 +25,7 @@ from cmrm.shift.artifact import Provenance, ShiftVectors, library_versions
 from cmrm.shift.fit import Fit, fitted
 from cmrm.shift.harm_gate import FALSE_ALARMS, LEAST, check_false_alarms
 from cmrm.shift.moments import Estimate, Moments
+from cmrm.shift.other_gates import FittedGate, check_gate_kind
 from cmrm.shift.pair import Prefixes
 from cmrm.shift.reader import Reader
 from cmrm.shift.summary import KEPT, Summary
@@ -52,6 +53,7 @@ def estimate_shift(
     recommended: Steering | None = None,
     mixed: bool = False,
     false_alarms: float = FALSE_ALARMS,
+    gate_kind: FittedGate = "probe",
     questions: Sequence[Sample] = (),
     reuse_prefix: bool = True,
     checkpoint: Path | None = None,
@@ -87,6 +89,8 @@ def estimate_shift(
         mixed: whether the shift is that of harmful and benign anchors together, as the paper's,
             which adds benign ones.
         false_alarms: share of benign requests that the gate may take for harmful ones.
+        gate_kind: what the gate scores a state by: our `probe`, or another source's `cosine` or
+            `vocabulary` (`shift.other_gates`).
         questions: image questions; the share that the gate would steer is recorded.
         reuse_prefix: run what prompts share once; off runs every prompt whole.
         checkpoint: file that records the state of the run, so that a killed run continues there. It
@@ -103,6 +107,7 @@ def estimate_shift(
     corruption = checked_corruption(corruption)
     check_estimator(estimator)
     check_false_alarms(false_alarms)
+    check_gate_kind(gate_kind)
     refuse_inside_steering(vlm, "estimating a shift")
     vlm.check_eval()
     if batch_size < 1:
@@ -146,7 +151,7 @@ def estimate_shift(
     if others is not None:
         fit = fitted(
             vlm, summary, others, false_alarms=false_alarms, seed=seed, recommended=recommended,
-            questions=questions, batch_size=batch_size,
+            questions=questions, batch_size=batch_size, gate_kind=gate_kind,
         )  # fmt: skip
     setting = recommended or fit.recommended or Steering()
     layers = _sequential_layers(vlm, setting, fit)
@@ -215,7 +220,7 @@ def _sequential_layers(vlm: VLM, setting: Steering, fit: Fit) -> tuple[int, ...]
                 f"the gate reads decoder layer {lowest - 1}; steer layers from {lowest} on"
             )
         return chosen
-    if fit.gate is not None and setting.alpha > 0:
+    if fit.gate is not None:
         return tuple(range(lowest, vlm.n_layers))
     return ()
 

@@ -13,7 +13,8 @@ from cmrm.prompts.conditions import Condition, build_request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.capture import capture
 from cmrm.shift.gap import measure_gap, recommended_setting
-from cmrm.shift.harm_gate import fit_gate
+from cmrm.shift.harm_gate import GateRecord, fit_gate
+from cmrm.shift.other_gates import FittedGate, fit_other_gate, refusal_vocabulary
 from cmrm.shift.summary import Summary
 from cmrm.steering.gate import Gate
 from cmrm.steering.setting import Steering
@@ -44,6 +45,7 @@ def fitted(
     recommended: Steering | None = None,
     questions: Sequence[Sample] = (),
     batch_size: int = 16,
+    gate_kind: FittedGate = "probe",
 ) -> Fit:
     """Direction, gate and recommendation from the summaries of both kinds of anchors.
 
@@ -56,8 +58,8 @@ def fitted(
     below = None
     if recommended is not None and recommended.gate and recommended.layers is not None:
         below = recommended.layers[0] - 1
-    gate, record = fit_gate(
-        harmful.corrupted, benign.corrupted, false_alarms=false_alarms, layer=below, seed=seed
+    gate, record = _gate(
+        vlm, harmful, benign, gate_kind, false_alarms=false_alarms, below=below, seed=seed
     )
     if questions:
         requests = [build_request(sample, Condition.ORIGINAL) for sample in questions]
@@ -68,3 +70,27 @@ def fitted(
     records = {"gap": gap.to_json(), "gate": record.to_json()}
     setting = recommended_setting(gap, vlm.n_layers)
     return Fit({"direction": direction}, gate, records, setting)
+
+
+def _gate(
+    vlm: VLM,
+    harmful: Summary,
+    benign: Summary,
+    kind: FittedGate,
+    *,
+    false_alarms: float,
+    below: int | None,
+    seed: int,
+) -> tuple[Gate, GateRecord]:
+    """The gate of a kind, from states with a corrupted image."""
+    states = (harmful.corrupted, benign.corrupted)
+    if kind == "probe":
+        return fit_gate(*states, false_alarms=false_alarms, layer=below, seed=seed)
+    return fit_other_gate(
+        kind,
+        *states,
+        vocabulary=refusal_vocabulary(vlm) if kind == "vocabulary" else None,
+        false_alarms=false_alarms,
+        highest=below,
+        seed=seed,
+    )

@@ -3,8 +3,8 @@
 It is fitted on the corrupted-image states that the extraction runs anyway: harmful anchors against
 benign ones, at the last prompt token. Layer and threshold are chosen by cross-validation:
 
-- layer: the lowest one whose area under the ROC curve (AUC) is within one standard error of the
-  best, so that as many layers as possible stand above it;
+- layer: the lowest one whose area under the ROC curve (AUC) is within 0.01 of the best, so that as
+  many layers as possible stand above it;
 - threshold: the score that the wanted share of held-out benign anchors exceeds.
 
 Conditional steering is CAST's idea (Lee et al., arXiv 2409.05907); probe and rule are ours.
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from cmrm.errors import InputError
-from cmrm.shift.probe import auc, auc_error, fit_probe, folds_of
+from cmrm.shift.probe import auc, fit_probe, folds_of
 from cmrm.steering.gate import Gate
 
 FALSE_ALARMS = 0.05
 """Share of benign requests that may be taken for harmful ones, where the user names none."""
 FOLDS = 5
+CLOSE = 0.01
+"""Difference of two areas that does not decide between layers."""
 LEAST = 10
 """Fewer anchors of a kind than this give no threshold that can be trusted."""
 RIDGE = 100.0
@@ -113,7 +115,7 @@ def fit_gate(
     held_harmful, held_benign = held_out_scores(harmful, benign, seed=seed)
     areas = auc(held_harmful, held_benign)
     if layer is None:
-        layer = chosen_layer(areas, len(harmful), len(benign))
+        layer = chosen_layer(areas)
     quantile = torch.quantile(held_benign[:, layer].double(), 1 - false_alarms)
     threshold = float(quantile)
     probe = fit_probe(harmful, benign, RIDGE)
@@ -146,9 +148,7 @@ def held_out_scores(
     return scores[0], scores[1]
 
 
-def chosen_layer(areas: torch.Tensor, positives: int, negatives: int) -> int:
-    """The lowest layer within one standard error of the best area; the last layer is never it."""
+def chosen_layer(areas: torch.Tensor) -> int:
+    """The lowest layer whose area is close to the best; the last layer is never it."""
     candidates = areas[:-1]
-    best = candidates.max()
-    error = auc_error(best, positives, negatives)
-    return int((candidates >= best - error).nonzero()[0])
+    return int((candidates >= candidates.max() - CLOSE).nonzero()[0])

@@ -355,6 +355,11 @@ class SharedPrefix:
         self._set_offsets(self._offsets)
         return Continuations(self._cache_of(start), start, self._offsets, tokens)
 
+    def packed(self, part: Continuations, steps: Steps | None = None) -> torch.Tensor:
+        """States float32 [N, L, d] of continuations that `continuations` gave, run once more."""
+        self._set_offsets(part.offset)
+        return packed_states(self.vlm, self.backbone, [part], steps=steps)[0]
+
     def _packed(self, encoded: list[Encoded], steps: Steps | None = None) -> torch.Tensor:
         used: list[Any] | None = [] if len(encoded) == 1 and steps is None else None
         parts = [self.continuations(encoded)]

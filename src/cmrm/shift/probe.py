@@ -80,18 +80,6 @@ def auc(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     return (above + 0.5 * ties).mean((0, 1))
 
 
-def auc_error(area: torch.Tensor, positives: int, negatives: int) -> torch.Tensor:
-    """Standard error of an area under the ROC curve (Hanley and McNeil, 1982)."""
-    first = area / (2 - area)
-    second = 2 * area.square() / (1 + area)
-    variance = (
-        area * (1 - area)
-        + (positives - 1) * (first - area.square())
-        + (negatives - 1) * (second - area.square())
-    ) / (positives * negatives)
-    return variance.clamp_min(0).sqrt()
-
-
 def folds_of(count: int, folds: int, seed: int = 0) -> torch.Tensor:
     """int64 [count]: the fold of each, drawn evenly."""
     generator = torch.Generator().manual_seed(seed)

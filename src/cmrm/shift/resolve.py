@@ -9,6 +9,7 @@ import torch
 
 from cmrm.errors import InputError
 from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.gap import upper_half
 from cmrm.steering.gate import Gate
 from cmrm.steering.intervention import Intervention, fill_intervention, shift_intervention
 from cmrm.steering.setting import Steering
@@ -49,8 +50,11 @@ def resolved(
             )
         steering = _sequential(shift, steering)
         return [shift_intervention(deltas, steering, gate)]
+    n_layers = len(shift.vectors)
     if gate is not None:
-        steering = replace(steering, layers=_above(gate, steering, len(shift.vectors)))
+        steering = replace(steering, layers=_above(gate, steering, n_layers))
+    elif steering.operator == "fill" and steering.layers is None:
+        steering = replace(steering, layers=upper_half(n_layers))
     if steering.operator == "add":
         return [shift_intervention(shift.vectors, steering, gate)]
     if shift.direction is None:

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from cmrm.model.batching import in_batches
+from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
-from cmrm.shift.capture import Steps
+from cmrm.shift.capture import Steps, capture_inputs
 from cmrm.shift.checkpoint import read_state, write_state
+from cmrm.shift.packing import Continuations
 from cmrm.shift.prefix import SharedPrefix
 from cmrm.shift.processes import process, total_over_processes
 
@@ -61,7 +63,7 @@ def sequential_vectors(
     """
     rank, world = process()
     share = sorted(anchors, key=lambda sample: len(sample.query))[rank::world]
-    states_of = runner.states if runner is not None else _whole(vlm)
+    states_of = _Passes(vlm, runner, corrupted)
     deltas = torch.zeros(vlm.n_layers, vlm.hidden_size)
     total = torch.zeros(vlm.hidden_size, dtype=torch.float64)
     finished, seen = 0, 0
@@ -89,8 +91,7 @@ def sequential_vectors(
             steps = Steps(added, until=layer)
 
             def work(batch: list[Sample], steps: Steps = steps) -> torch.Tensor:
-                states = states_of([corrupted(sample) for sample in batch], steps)
-                return states[:, -1].double().sum(0)
+                return states_of(batch, steps)[:, -1].double().sum(0)
 
             for batch, subtotal in in_batches(share[seen:], batch_size, work):
                 total += subtotal
@@ -109,8 +110,30 @@ def sequential_vectors(
     return deltas
 
 
-def _whole(vlm: VLM) -> Callable[[Sequence[Request], Steps], torch.Tensor]:
-    from cmrm.model.encode import encode
-    from cmrm.shift.capture import capture_inputs
+class _Passes:
+    """Passes over the same batches, once for each layer: prompts behind a cached prefix are
+    encoded once."""
 
-    return lambda requests, steps: capture_inputs(vlm, encode(vlm, requests), steps)
+    def __init__(
+        self, vlm: VLM, runner: SharedPrefix | None, corrupted: Callable[[Sample], Request]
+    ) -> None:
+        self.vlm = vlm
+        self.runner = runner
+        self.corrupted = corrupted
+        self._prepared: dict[tuple[int, ...], Continuations] = {}
+
+    def __call__(self, batch: Sequence[Sample], steps: Steps) -> torch.Tensor:
+        """States float32 [B, until + 1, d] of a batch."""
+        runner, key = self.runner, tuple(map(id, batch))
+        if runner is None:
+            requests = [self.corrupted(sample) for sample in batch]
+            return capture_inputs(self.vlm, encode(self.vlm, requests), steps)
+        with self.vlm.lock, torch.inference_mode():
+            if key in self._prepared:
+                return runner.packed(self._prepared[key], steps)
+            requests = [self.corrupted(sample) for sample in batch]
+            encoded = runner.encoded(requests)
+            if not runner.packs(encoded):
+                return runner.run(requests, encoded, steps)
+            self._prepared[key] = runner.continuations(encoded)
+            return runner.packed(self._prepared[key], steps)

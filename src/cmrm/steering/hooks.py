@@ -345,7 +345,8 @@ def _moved(
         assert edit.origin is not None
         centred = states - edit.origin.to(hidden.device)
         cosine = torch.nn.functional.cosine_similarity(centred, direction, dim=-1)
-        step = torch.relu(-cosine)[..., None] * direction
+        length = states.norm(dim=-1, keepdim=True)
+        step = length * torch.relu(-cosine)[..., None] * direction
     else:
         assert edit.target is not None
         target = edit.target.float().to(hidden.device)

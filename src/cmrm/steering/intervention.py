@@ -8,7 +8,7 @@ runs a model.
 | `add` | h <- h + strength v |
 | `fill` | h <- h + strength relu(target - h . v) v, v of unit length: never lowered |
 | `project` | h <- h - strength (h . v) v, with v of unit length |
-| `oppose` | h <- h + strength relu(-cos(h - origin, v)) v: as far as a state points against v |
+| `oppose` | h <- h + strength norm(h) relu(-cos(h - origin, v)) v, v of unit length |
 | `affine` | h <- h + strength (M h + v), with a matrix M |
 
 An intervention may have a gate (`steering.gate`): rows that it leaves closed are not touched.

@@ -51,7 +51,8 @@ class Steering:
     positions: Positions = "last"
     """Which tokens are steered."""
     layers: tuple[int, ...] | None = None
-    """0-based decoder layers that are steered, in ascending order; None: all."""
+    """0-based decoder layers that are steered, in ascending order. None: all; under `fill` the
+    upper half; with a gate all above it; under `sequential` those of the estimate."""
     preserve_norm: bool = False
     """Rescale each steered state to the norm that it had before."""
     operator: Move = "add"
