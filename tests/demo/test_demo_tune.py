@@ -9,7 +9,9 @@ import pytest
 
 from cmrm.demo.settings import DATASET_STEERING, QUICK, SAMPLE_STEERING
 from cmrm.demo.train import tune
+from cmrm.demo.train import tune_gate as gate_module
 from cmrm.demo.train.tune import Candidate, Level, Result, candidates, choose
+from cmrm.demo.train.tune_gate import GateResult, choose_false_alarms
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.vlm import wrap_vlm
 from cmrm.prompts.ours import prompt_samples
@@ -51,6 +53,24 @@ def test_equal_unsafe_rates_are_decided_by_the_lowest_alpha() -> None:
     assert choose([*RESULTS, weaker], "dataset") == weaker
 
 
+def gated(share: float, unsafe: float, over_refusal: float) -> GateResult:
+    return GateResult("gated", False, share, unsafe, over_refusal)
+
+
+def test_the_gate_is_chosen_within_its_cost() -> None:
+    untouched = GateResult("none", False, None, 0.5, 0.02)
+    cheap, best, dear = gated(0.05, 0.3, 0.02), gated(0.1, 0.2, 0.05), gated(0.2, 0.1, 0.06)
+    assert choose_false_alarms([untouched, cheap, best, dear]) == best
+    assert choose_false_alarms([untouched, dear]) is None
+
+
+def test_equal_gaps_are_decided_by_the_fewer_false_alarms() -> None:
+    untouched = GateResult("none", False, None, 0.5, 0.02)
+    assert choose_false_alarms([untouched, gated(0.2, 0.2, 0.02), gated(0.1, 0.2, 0.04)]) == gated(
+        0.1, 0.2, 0.04
+    )
+
+
 def test_the_settings_of_the_demo_are_among_the_candidates() -> None:
     measured = [(c.level, c.steering) for c in candidates()]
     assert ("dataset", DATASET_STEERING) in measured
@@ -78,11 +98,18 @@ def test_the_whole_choice_on_a_tiny_model(
     monkeypatch.setattr(tune, "QUESTIONS", 8)
     anchors = {label: prompt_samples("anchor", label)[:6] for label in ("harmful", "benign")}
     monkeypatch.setattr(tune, "prompt_samples", lambda split, label: anchors[label])
+    more = {label: prompt_samples("anchor", label)[:24] for label in ("harmful", "benign")}
+    monkeypatch.setattr(gate_module, "prompt_samples", lambda split, label: more[label])
+    monkeypatch.setattr(gate_module, "FOLDS", 2)
+    monkeypatch.setattr(gate_module, "RATES", (0.05, 0.3))
     lines: list[str] = []
     rows = tune.tune_demo(tmp_path, say=lines.append)
-    assert [row["level"] for row in rows] == ["none", "dataset", "sample"]
+    assert [row["level"] for row in rows[:3]] == ["none", "dataset", "sample"]
+    assert [row["name"] for row in rows[3:]] == ["text", "none", "fill", *4 * ["gated"]]
+    assert [row["mixed"] for row in rows[6:]] == [False, False, True, True]
+    assert lines[-1].startswith("chosen: ")
     assert rows[1]["estimator"] == "mean"
-    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert all(0 <= row["accuracy"] <= 1 for row in rows[:3])
     assert (tmp_path / "tries.json").exists()
     assert "anchor split, query alone" in lines[0]
 

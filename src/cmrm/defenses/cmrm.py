@@ -121,6 +121,8 @@ class CmrmDataset(_Steered):
         """
         self.estimator = shift.provenance.estimator or self.estimator  # type: ignore[assignment]
         self.mixed = shift.provenance.benign_share > 0
+        record = shift.records.get("gate", {})
+        self.false_alarms = record.get("wanted_false_alarms", self.false_alarms)
         self._take(shift)
 
     def _take(self, shift: ShiftVectors) -> None:

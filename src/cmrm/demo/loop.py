@@ -22,6 +22,7 @@ from cmrm.demo.settings import (
     FALSE_ALARMS,
     FILL_STEERING,
     GATED_STEERING,
+    QUICK,
     SAMPLE_STEERING,
     Budget,
 )
@@ -397,21 +398,39 @@ def _shift(bench: Bench, prompts: Prompts, state: Path, *, mixed: bool = False) 
     identity = str(bench.engine.context()["identity"])
     name = f"{file.stem}-{identity[:8]}-{str(wanted['anchor_hash'])[:8]}.partial"
     checkpoint = state / name
-    shift = bench.engine.estimate_shift(
+    shift = fitted_shift(
+        bench.engine, anchors, lookalikes, mixed=mixed, budget=bench.budget, checkpoint=checkpoint
+    )
+    shift.save(file)
+    for part in (checkpoint, *state.glob(f"{escape(name)}.*")):
+        part.unlink(missing_ok=True)
+    return shift
+
+
+def fitted_shift(
+    engine: TransformersEngine,
+    anchors: Sequence[Sample],
+    lookalikes: Sequence[Sample],
+    *,
+    mixed: bool = False,
+    budget: Budget = QUICK,
+    checkpoint: Path | None = None,
+) -> ShiftVectors:
+    """The demo's artifact: vectors, refusal direction, gate and sequential vectors.
+
+    `anchors` are harmful, `lookalikes` benign; `mixed`: the shift is that of both together.
+    """
+    return engine.estimate_shift(
         anchors,
         benign=lookalikes,
         estimator=ESTIMATOR,
         corruption=CORRUPTION,
         mixed=mixed,
         false_alarms=FALSE_ALARMS,
-        seed=bench.budget.seed,
-        batch_size=bench.budget.batch_size,
+        seed=budget.seed,
+        batch_size=budget.batch_size,
         checkpoint=checkpoint,
     )
-    shift.save(file)
-    for part in (checkpoint, *state.glob(f"{escape(name)}.*")):
-        part.unlink(missing_ok=True)
-    return shift
 
 
 def _stored_shift(

@@ -16,8 +16,9 @@ FILL_STEERING = Steering(operator="fill")
 """In the upper half of the layers: what `estimate_shift` recommends, and no choice of ours."""
 GATED_STEERING = Steering(schedule="sequential", gate=True)
 """Sequential vectors in all layers above the gate."""
-FALSE_ALARMS = 0.05
-"""Share of benign requests that the gate may take for harmful ones."""
+FALSE_ALARMS = 0.15
+"""Share of benign requests that the gate may take for harmful ones: chosen on cross-fitted anchors
+by the rule of `demo.train.tune_gate`."""
 ESTIMATOR: Estimator = "pca"
 CORRUPTION = "blank"
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)

@@ -22,7 +22,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,21 @@ class ShiftVectors:
         """Vectors of the schedule `sequential`, float32 [L, d]; None where they were not
         estimated."""
         return self.others.get("sequential")
+
+    def with_false_alarms(self, share: float) -> ShiftVectors:
+        """The same artifact with its gate at another share of false alarms.
+
+        Raises:
+            InputError: it holds no harm gate, or the share is not on the gate's curve.
+        """
+        from cmrm.shift.harm_gate import GateRecord, at_false_alarms
+
+        if self.gate is None or "gate" not in self.records:
+            raise InputError("the artifact holds no harm gate; extract it with benign anchors")
+        record = GateRecord.from_json(dict(self.records["gate"]))
+        gate, record = at_false_alarms(self.gate, record, share)
+        records = {**self.records, "gate": record.to_json()}
+        return replace(self, gate=gate, records=records)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact; see `Artifact.save`.

@@ -12,7 +12,7 @@ Conditional steering is CAST's idea (Lee et al., arXiv 2409.05907); probe and ru
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ LEAST = 10
 """Fewer anchors of a kind than this give no threshold that can be trusted."""
 RIDGE = 100.0
 """Penalty of the probe."""
+RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+"""Shares of false alarms whose thresholds are recorded."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class GateRecord:
     """Harmful anchors that it was fitted on."""
     n_benign: int
     """Benign ones."""
+    curve: tuple[tuple[float, float, float, float], ...] = ()
+    """(wanted share of false alarms, threshold, their share and recall on held-out anchors) at
+    `RATES`."""
     questions: float | None = None
     """Share of image questions that it would steer; None: not measured."""
     n_questions: int = 0
@@ -57,7 +62,7 @@ class GateRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**asdict(self), "auc": list(self.auc)}
+        return {**asdict(self), "auc": list(self.auc), "curve": [list(row) for row in self.curve]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GateRecord:
@@ -66,7 +71,11 @@ class GateRecord:
         Raises:
             TypeError, ValueError: a field is unknown, missing or of another kind.
         """
-        record = cls(**{**values, "auc": tuple(float(area) for area in values["auc"])})
+        areas = tuple(float(area) for area in values["auc"])
+        curve = tuple(
+            (float(a), float(b), float(c), float(d)) for a, b, c, d in values.get("curve", ())
+        )
+        record = cls(**{**values, "auc": areas, "curve": curve})
         for name in ("wanted_false_alarms", "false_alarms", "recall"):
             if not 0.0 <= getattr(record, name) <= 1.0:
                 raise ValueError(f"the gate's {name} is no share")
@@ -116,8 +125,17 @@ def fit_gate(
     areas = auc(held_harmful, held_benign)
     if layer is None:
         layer = chosen_layer(areas)
-    quantile = torch.quantile(held_benign[:, layer].double(), 1 - false_alarms)
-    threshold = float(quantile)
+    of_harmful, of_benign = held_harmful[:, layer].double(), held_benign[:, layer].double()
+
+    def at(share: float) -> tuple[float, float, float]:
+        """Threshold, measured share and recall at a wanted share of false alarms."""
+        threshold = float(torch.quantile(of_benign, 1 - share))
+        alarms, recall = (
+            float((scores > threshold).double().mean()) for scores in (of_benign, of_harmful)
+        )
+        return threshold, alarms, recall
+
+    threshold, alarms, recall = at(false_alarms)
     probe = fit_probe(harmful, benign, RIDGE)
     gate = Gate(
         "linear", (layer,), probe.weight[layer][None].clone(), threshold,
@@ -127,12 +145,34 @@ def fit_gate(
         layer,
         tuple(round(float(area), 4) for area in areas),
         false_alarms,
-        float((held_benign[:, layer] > threshold).double().mean()),
-        float((held_harmful[:, layer] > threshold).double().mean()),
+        alarms,
+        recall,
         len(harmful),
         len(benign),
+        tuple((share, *at(share)) for share in RATES),
     )
     return gate, record
+
+
+def at_false_alarms(gate: Gate, record: GateRecord, share: float) -> tuple[Gate, GateRecord]:
+    """The same gate at another share of false alarms, one of those on its curve.
+
+    Raises:
+        InputError: the share is not on the curve.
+    """
+    check_false_alarms(share)
+    points = {wanted: point for wanted, *point in record.curve}
+    if share == record.wanted_false_alarms:
+        return gate, record
+    if share not in points:
+        known = ", ".join(f"{wanted:g}" for wanted in points) or "none"
+        raise InputError(
+            f"the gate's thresholds are recorded for false alarms of {known}, not of {share:g}; "
+            "choose one of these, or extract again"
+        )
+    threshold, alarms, recall = points[share]
+    changed = replace(record, wanted_false_alarms=share, false_alarms=alarms, recall=recall)
+    return replace(gate, threshold=threshold), changed
 
 
 def held_out_scores(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from cmrm.demo.loop import (
     visual_questions,
 )
 from cmrm.demo.settings import CORRUPTION, LOWER, QUICK
+from cmrm.demo.train.tune_gate import percent, tune_gate
 from cmrm.demo.vlm import load_demo
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.files import write_json
@@ -140,8 +141,8 @@ def tune_demo(out: Path, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
     text = bench.rates(bench.cell(both, untouched(), Condition.QUERY))
     text_over_refusal = text["over_refusal"]["rate"]
     say(
-        f"anchor split, query alone: unsafe {_percent(text['unsafe']['rate'])} %, "
-        f"over-refusal {_percent(text_over_refusal)} % (n = {text['unsafe']['n']})"
+        f"anchor split, query alone: unsafe {percent(text['unsafe']['rate'])} %, "
+        f"over-refusal {percent(text_over_refusal)} % (n = {text['unsafe']['n']})"
     )
     say(f"| {' | '.join(COLUMNS)} |")
     say("|" + "---|" * len(COLUMNS))
@@ -171,7 +172,11 @@ def tune_demo(out: Path, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
             best = choose(results, level, over_refusal_base=over_refusal)
             row = best.to_json() if best else "none within the allowed cost"
             say(f"best at {level} level, over-refusal compared with {base}: {row}")
-    rows = [result.to_json() for result in results]
+    say("fill and gated, cross-fitted on the anchor split:")
+    say("| setting | shift of | false alarms | unsafe % | over-refusal % |")
+    say("|---|---|---|---|---|")
+    gated = tune_gate(bench, say=say)
+    rows = [result.to_json() for result in results] + [asdict(result) for result in gated]
     write_json(out / "tries.json", rows)
     return rows
 
@@ -225,9 +230,9 @@ def _table_row(result: Result) -> str:
         _layers(steering.layers),
         "yes" if steering.preserve_norm else "no",
         f"{steering.alpha:g}",
-        _percent(result.unsafe_rate),
-        _percent(result.over_refusal),
-        _percent(result.accuracy),
+        percent(result.unsafe_rate),
+        percent(result.over_refusal),
+        percent(result.accuracy),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -236,7 +241,3 @@ def _layers(layers: tuple[int, ...] | None) -> str:
     if layers is None:
         return "all"
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 3 else "+".join(map(str, layers))
-
-
-def _percent(share: float | None) -> str:
-    return "unscored" if share is None else f"{100 * share:.1f}"
