@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cmrm.defenses import Defense
+from cmrm import Sample
+from cmrm.defenses import Defense, FitData, make_defense
 from cmrm.engines.base import Reply
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.encode import encode
 from cmrm.model.layers import hidden_of
 from cmrm.model.vlm import VLM
-from cmrm.prompts.conditions import Request
+from cmrm.prompts.conditions import Request, build_requests
 from cmrm.steering.hooks import intervene
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -24,6 +25,49 @@ SEEN = [
     Request("Tell me about the sky, please", (Image.new("RGB", (20, 16), "blue"),)),
 ]
 UNSEEN = Request("Tell me about green paint")
+
+
+def anchor_set() -> FitData:
+    """12 harmful-like and 24 benign anchors, each with an image."""
+    colours = ["red", "green", "blue", "yellow"]
+    harmful = [
+        Sample(f"a{k}", f"Tell me about {c} paint" + "!" * k, Image.new("RGB", (20 + k, 16), c))
+        for k, c in enumerate(colours * 3)
+    ]
+    benign = [
+        Sample(f"b{k}", f"How do I cook dish {k}?", Image.new("RGB", (16, 16 + k), c))
+        for k, c in enumerate(colours * 6)
+    ]
+    return FitData(harmful, benign, 4)
+
+
+def fitted(engine: TransformersEngine, data: FitData, name: str, **settings: Any) -> Defense:
+    """A defence with settings, fitted."""
+    defense = make_defense(name, {name: settings} if settings else None)
+    defense.fit(engine, data)
+    return defense
+
+
+def all_states(vlm: VLM, samples: Sequence[Sample], condition: str) -> torch.Tensor:
+    """States [N, L, d] of samples under a condition, each in a batch of its own."""
+    requests = build_requests(list(samples), condition)
+    return torch.cat([states(vlm, [request]) for request in requests])
+
+
+def at_the_end(step: Callable[[torch.Tensor], torch.Tensor]) -> Function:
+    """The function of a block's output [B, T, d] that adds `step` of the last token's state."""
+
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
+        whole = hidden.clone()
+        whole[:, -1] += step(hidden[:, -1])
+        return whole
+
+    return edit
+
+
+def adding(vectors: torch.Tensor) -> Function:
+    """The function of a block's output that adds `vectors` [B, d] to the last token's state."""
+    return at_the_end(lambda state: vectors)
 
 
 def states(vlm: VLM, requests: Sequence[Request], *contexts: Any) -> torch.Tensor:

@@ -9,16 +9,26 @@ import pytest
 import torch
 from PIL import Image
 
-from cmrm import Sample, Steering, estimate_shift, steer
-from cmrm.defenses import Defense, FitData, Stack, defense_names, make_defense, respond
+from cmrm import Steering, estimate_shift, steer
+from cmrm.defenses import FitData, Stack, defense_names, make_defense, respond
 from cmrm.defenses.adashield import ADASHIELD_STATIC
 from cmrm.defenses.caption import DESCRIBE, captions
 from cmrm.engines.base import Decoding, Reply
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import ArtifactError, InputError
 from cmrm.model.vlm import VLM
-from cmrm.prompts.conditions import Request, build_requests
-from defenses.oracle import SEEN, UNSEEN, Scripted, changed, defended, states
+from cmrm.prompts.conditions import Request
+from defenses.oracle import (
+    SEEN,
+    UNSEEN,
+    Scripted,
+    all_states,
+    anchor_set,
+    changed,
+    defended,
+    fitted,
+    states,
+)
 
 FITTED = [name for name in sorted(defense_names()) if make_defense(name).needs_fit]
 SHORT = Decoding(6)
@@ -30,23 +40,13 @@ def engine(vlm: VLM) -> TransformersEngine:
 
 
 @pytest.fixture(scope="module")
-def data(anchors: list[Sample]) -> FitData:
-    dishes = ("rice", "soup", "an egg")
-    return FitData(
-        anchors, [Sample(f"b{k}", f"How do I cook {d}?") for k, d in enumerate(dishes)], 2
-    )
-
-
-def fitted(engine: TransformersEngine, data: FitData, name: str, **settings: Any) -> Defense:
-    defense = make_defense(name, {name: settings} if settings else None)
-    defense.fit(engine, data)
-    return defense
+def data() -> FitData:
+    return anchor_set()
 
 
 def mean_states(vlm: VLM, samples: Any, condition: str) -> torch.Tensor:
     """Mean over samples [L, d], each in a batch of its own."""
-    requests = build_requests(list(samples), condition)
-    return torch.cat([states(vlm, [request]) for request in requests]).mean(0)
+    return all_states(vlm, samples, condition).mean(0)
 
 
 @pytest.mark.parametrize("name", sorted(defense_names()))
@@ -83,7 +83,7 @@ def test_dataset_level_adds_the_estimated_vectors(
     engine: TransformersEngine, data: FitData
 ) -> None:
     defense = fitted(engine, data, "cmrm_dataset", alpha=0.5, schedule="per_layer", positions="all")
-    shift = estimate_shift(engine.vlm, data.harmful, batch_size=2)
+    shift = estimate_shift(engine.vlm, data.harmful, batch_size=4)
     assert torch.equal(defense.state["vectors"], shift.vectors)
     layers = range(engine.n_layers)
     functions = {k: (lambda h, k=k: h + 0.5 * shift.vectors[k]) for k in layers}
@@ -108,19 +108,6 @@ def test_sample_level_adds_each_rows_own_difference(engine: TransformersEngine) 
     functions = {k: (lambda h, k=k: h + 0.5 * rows[:, None, k]) for k in layers}
     expected = changed(vlm, SEEN, functions)
     assert torch.allclose(defended(engine, defense, SEEN), expected, atol=1e-4)
-
-
-def test_null_space_projects_every_position(engine: TransformersEngine, data: FitData) -> None:
-    vlm, defense = engine.vlm, fitted(engine, data, "null_space")
-    mean = mean_states(vlm, data.harmful, "query") - mean_states(vlm, data.harmful, "blank")
-    u = mean / mean.norm(dim=-1, keepdim=True)
-    assert torch.allclose(defense.state["modality"], u, atol=1e-4)
-    functions = {
-        k: (lambda h, k=k: h - (h @ u[k])[..., None] * u[k]) for k in range(engine.n_layers)
-    }
-    projected = defended(engine, defense, SEEN)
-    assert torch.allclose(projected, changed(vlm, SEEN, functions), atol=2e-3)
-    assert (projected * u).sum(-1).abs().max() < 1e-3, "nothing is left along the direction"
 
 
 def test_refusal_direction_is_added_at_one_layer(engine: TransformersEngine, data: FitData) -> None:
@@ -209,11 +196,13 @@ def test_a_stack_rewrites_and_steers(engine: TransformersEngine, data: FitData) 
 def test_further_samples_count_for_the_shift_and_not_for_the_harm(
     engine: TransformersEngine, data: FitData
 ) -> None:
-    split = FitData(data.harmful[:4], data.benign, 2, more=data.harmful[4:])
+    split = FitData(data.harmful[:8], data.benign, 4, more=data.harmful[8:])
     for name, same in (("cmrm_dataset", True), ("null_space", True), ("refusal_direction", False)):
         whole, parts = fitted(engine, data, name), fitted(engine, split, name)
-        key = next(iter(whole.state))
-        assert torch.allclose(whole.state[key], parts.state[key], atol=1e-5) is same, name
+        matches = torch.allclose(
+            defended(engine, whole, SEEN), defended(engine, parts, SEEN), atol=1e-4
+        )
+        assert matches is same, name
 
 
 def test_captions_come_from_the_undefended_model(engine: TransformersEngine) -> None:

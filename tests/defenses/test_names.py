@@ -20,8 +20,9 @@ from cmrm.prompts.conditions import Request
 
 def test_the_known_defences() -> None:
     assert set(defense_names()) == {
-        "none", "caption", "adashield_s", "ecso", "cmrm_dataset", "cmrm_sample", "shiftdc",
-        "null_space", "refusal_direction",
+        "none", "caption", "safety_prompt", "adashield_s", "ecso", "coca", "cmrm_dataset",
+        "cmrm_sample", "cmrm_fill", "cmrm_gated", "shiftdc", "null_space", "refusal_direction",
+        "astra", "jrs_rem", "alphasteer", "cast",
     }  # fmt: skip
 
 
@@ -44,7 +45,22 @@ def test_the_known_defences() -> None:
         ("refusal_direction", {"refusal_direction": {"layer": "x"}}, "layer is 'x'"),
         ("refusal_direction", {"refusal_direction": {"alpha": -1}}, "alpha is -1"),
         ("shiftdc", {"shiftdc": {"first_layer": 0.5}}, "first_layer is 0.5"),
+        ("shiftdc", {"shiftdc": {"positions": "all"}}, "positions is 'all'"),
         ("null_space", {"null_space": {"layers": [0.5]}}, "layers are"),
+        ("null_space", {"null_space": {"rank": 0}}, "rank is 0"),
+        ("null_space", {"null_space": {"rank": True}}, "rank is True"),
+        ("astra", {"astra": {"alpha": -1.0}}, "alpha is -1.0"),
+        ("astra", {"astra": {"layer": "20"}}, "layer is '20'"),
+        ("jrs_rem", {"jrs_rem": {"threshold": 1.5}}, "threshold is 1.5"),
+        ("jrs_rem", {"jrs_rem": {"threshold": "0.2"}}, "threshold is '0.2'"),
+        ("alphasteer", {"alphasteer": {"share": 1.0}}, "share is 1.0"),
+        ("alphasteer", {"alphasteer": {"ridge": 0}}, "ridge is 0"),
+        ("alphasteer", {"alphasteer": {"alpha": -0.4}}, "alpha is -0.4"),
+        ("cast", {"cast": {"false_alarms": 0}}, "false_alarms is 0"),
+        ("cast", {"cast": {"alpha": -1}}, "alpha is -1"),
+        ("coca", {"coca": {"alpha": -0.5}}, "alpha is -0.5"),
+        ("coca", {"coca": {"principle": " "}}, "principle is empty"),
+        ("cmrm_gated", {"cmrm_gated": {"gate_kind": "linear"}}, "gate_kind is 'linear'"),
         ("cmrm_dataset@weak", {}, "'cmrm_dataset@weak' has no settings.*cmrm_dataset@paper"),
         ("ecso@weak", {}, "'ecso@weak' has no settings: pass them"),
         ("cmrm_dataset@", {}, "names no variant"),

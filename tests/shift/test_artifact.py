@@ -190,7 +190,7 @@ def test_a_file_of_the_first_version_still_loads(
 
 @pytest.mark.parametrize(
     ("name", "old", "new"),
-    [("shiftdc", "safety", "direction"), ("null_space", "direction", "modality")],
+    [("shiftdc", "safety", "direction"), ("refusal_direction", "refusal", "direction")],
 )
 def test_a_defences_state_of_the_first_version_still_loads(
     tmp_path: Path, vlm: VLM, name: str, old: str, new: str

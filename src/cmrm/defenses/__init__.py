@@ -16,12 +16,18 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from cmrm.defenses.adashield import AdaShieldStatic
+from cmrm.defenses.alphasteer import AlphaSteer
+from cmrm.defenses.astra import Astra
 from cmrm.defenses.base import Defense, FitData, NoDefense, Stack, respond
 from cmrm.defenses.caption import CaptionSubstitution
+from cmrm.defenses.cast import Cast
 from cmrm.defenses.cmrm import CmrmDataset, CmrmFill, CmrmGated, CmrmSample
+from cmrm.defenses.coca import CoCA
 from cmrm.defenses.ecso import Ecso
+from cmrm.defenses.jrs_rem import JrsRem
 from cmrm.defenses.null_space import NullSpace
 from cmrm.defenses.refusal_direction import RefusalDirection
+from cmrm.defenses.safety_prompt import SafetyPrompt
 from cmrm.defenses.shiftdc import ShiftDC
 from cmrm.errors import InputError
 
@@ -64,8 +70,10 @@ def register(kind: Kind) -> Kind:
 for _kind in (
     NoDefense,
     CaptionSubstitution,
+    SafetyPrompt,
     AdaShieldStatic,
     Ecso,
+    CoCA,
     CmrmDataset,
     CmrmSample,
     CmrmFill,
@@ -73,6 +81,10 @@ for _kind in (
     ShiftDC,
     NullSpace,
     RefusalDirection,
+    Astra,
+    JrsRem,
+    AlphaSteer,
+    Cast,
 ):
     register(_kind)
 

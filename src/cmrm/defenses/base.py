@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cmrm.engines.base import Decoding, Engine, Reply
+from cmrm.engines.base import Contrast, Decoding, Engine, EngineError, Reply
 from cmrm.errors import ArtifactError, InputError
 from cmrm.model.batching import in_batches
 from cmrm.prompts.conditions import Request
@@ -32,7 +32,7 @@ class FitData:
     harmful: Sequence[Sample]
     """Harmful requests, each with an image."""
     benign: Sequence[Sample]
-    """Benign requests; their images are not used."""
+    """Benign requests; their images are used by gates and by AlphaSteer alone."""
     batch_size: int = 16
     """Prompts per forward pass."""
     more: Sequence[Sample] = ()
@@ -110,6 +110,11 @@ class Defense:
         `keys` seed what is drawn for each row.
         """
         return []
+
+    def contrast(self, engine: Engine, requests: Sequence[Request]) -> Contrast | None:
+        """Second conversations whose logits are weighed against those of this batch; None without
+        any."""
+        return None
 
     def revise(
         self,
@@ -227,6 +232,20 @@ class Stack(Defense):
         """All interventions; the extra passes of each are run on the unsteered model."""
         return [made for part in self.parts for made in part.intervene(engine, requests, keys)]
 
+    def contrast(self, engine: Engine, requests: Sequence[Request]) -> Contrast | None:
+        """The contrast of the part that has one.
+
+        Raises:
+            InputError: several parts have one.
+        """
+        made = [(part.name, part.contrast(engine, requests)) for part in self.parts]
+        names = [name for name, contrast in made if contrast is not None]
+        if len(names) > 1:
+            raise InputError(
+                f"{' and '.join(names)} each decode a second conversation; stack one of them alone"
+            )
+        return next((contrast for _, contrast in made if contrast is not None), None)
+
     def revise(
         self,
         engine: Engine,
@@ -270,7 +289,16 @@ def respond(
     def work(places: list[int]) -> list[Reply]:
         batch = defense.rewrite(engine, [requests[k] for k in places])
         interventions = defense.intervene(engine, batch, [seeds[k] for k in places])
-        replies = engine.answer(batch, interventions, options, batch_size=len(batch))
+        contrast = defense.contrast(engine, batch)
+        more: dict[str, Any] = {}
+        if contrast is not None:
+            if not engine.contrasts:
+                raise EngineError(
+                    f"the engine {engine.name!r} cannot decode two conversations side by side, "
+                    f"which {defense.name!r} needs; use the engine on transformers"
+                )
+            more["contrast"] = contrast
+        replies = engine.answer(batch, interventions, options, batch_size=len(batch), **more)
         return defense.revise(engine, batch, replies, options)
 
     size = len(requests) if batch_size is None else batch_size

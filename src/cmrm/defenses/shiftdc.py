@@ -8,33 +8,46 @@ from typing import Any
 
 import torch
 
+from cmrm.defenses.anchors import scaled_layers
 from cmrm.defenses.base import Defense, FitData, typed
 from cmrm.defenses.caption import captioned
 from cmrm.engines.base import Engine
+from cmrm.errors import InputError
 from cmrm.prompts.conditions import Request
 from cmrm.shift.direction import refusal_direction
 from cmrm.steering.intervention import Intervention, shift_intervention
-from cmrm.steering.setting import Steering
+from cmrm.steering.setting import Positions, Steering
 
 
 class ShiftDC(Defense):
     """Takes away the part of the image's shift that lies along the safety direction.
 
     With m = h_image - h_caption at the last prompt token (the caption is the model's own) and s =
-    mean of harmful minus mean of benign text states, layer by layer from the middle on:  h <- h -
-    (m . s / |s|^2) s  at the last prompt token.
+    mean of harmful minus mean of benign text states, layer by layer:  h <- h - (m . s / |s|^2) s
+    at the last prompt token, once.
+
+    The released code was read. Its example steers from layer 10 of 32 on, the default here, scaled
+    to the depth (without options the code begins in the middle). Its hook acts on each generated
+    token as well, which the paper does not say: `positions` "last" does that. The fixed sentence
+    about safety that it adds to the request is left out here.
     """
 
     name = "shiftdc"
     source = "ShiftDC, arXiv 2502.13095"
     needs_fit = True
 
-    def __init__(self, *, first_layer: int | None = None) -> None:
-        """`first_layer`: 0-based; None: the middle."""
+    def __init__(
+        self, *, first_layer: int | None = None, positions: Positions = "last_prompt"
+    ) -> None:
+        """`first_layer`: 0-based; None: 10 of 32, scaled to the depth; `positions`: `last_prompt`,
+        or `last` for every generated token too."""
         super().__init__()
         if first_layer is not None:
             typed("first_layer", first_layer, int, "a decoder layer, counted from 0")
+        if positions not in ("last_prompt", "last"):
+            raise InputError(f"positions is {positions!r}; one of last_prompt, last")
         self.first_layer = first_layer
+        self.positions: Positions = positions
 
     def check(self, engine: Engine) -> None:
         """Raise `InputError` where the first layer is none of the model's."""
@@ -43,8 +56,13 @@ class ShiftDC(Defense):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The first layer."""
-        return {"first_layer": self.first_layer}
+        """First layer and positions."""
+        return {"first_layer": self.first_layer, "positions": self.positions}
+
+    @property
+    def fitted_by(self) -> tuple[object, ...]:
+        """Nothing: every layer's direction is fitted."""
+        return ()
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """The safety direction."""
@@ -59,7 +77,9 @@ class ShiftDC(Defense):
         rows = [k for k, request in enumerate(requests) if request.all_images]
         if not rows:
             return []
-        first = engine.n_layers // 2 if self.first_layer is None else self.first_layer
+        first = self.first_layer
+        if first is None:
+            first = scaled_layers((10,), 32, engine.n_layers)[0]
         seen = [requests[k] for k in rows]
         as_text = captioned(engine, seen)
         moved = engine.states(seen, batch_size=len(seen)) - engine.states(
@@ -71,4 +91,4 @@ class ShiftDC(Defense):
         vectors = torch.zeros(len(requests), engine.n_layers, engine.hidden_size)
         vectors[rows] = -share * safety
         layers = tuple(range(first, engine.n_layers))
-        return [shift_intervention(vectors, Steering(1.0, "per_layer", "last_prompt", layers))]
+        return [shift_intervention(vectors, Steering(1.0, "per_layer", self.positions, layers))]

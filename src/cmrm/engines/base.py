@@ -6,8 +6,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from threading import Event
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -59,12 +60,37 @@ class Decoding:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """A second conversation for each request, whose logits are weighed against its own.
+
+    At every step:  logits <- logits + weight (logits of the second conversation - logits). Both
+    conversations go on with the token that is chosen.
+    """
+
+    requests: tuple[Request | None, ...]
+    """The second conversation of each request, row by row; None: the row is decoded as it is."""
+    weight: float
+    """>= 0; 1 gives the second conversation's own logits, more goes beyond them."""
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.weight) or self.weight < 0:
+            raise InputError(f"a contrast's weight is {self.weight}; it is a finite number >= 0")
+
+    def select(self, rows: Sequence[int]) -> Contrast | None:
+        """The same for some rows of a batch, in the order given; None where none is contrasted."""
+        chosen = tuple(self.requests[row] for row in rows)
+        return Contrast(chosen, self.weight) if any(chosen) else None
+
+
 class Engine(ABC):
     """A model that answers requests under interventions. One caller at a time is enforced by the
     engine."""
 
     name: str = ""
     """In outputs: `transformers`."""
+    contrasts: ClassVar[bool] = False
+    """Whether `answer` takes a `contrast`."""
 
     @property
     @abstractmethod
@@ -95,6 +121,7 @@ class Engine(ABC):
         *,
         batch_size: int = 16,
         on_batch: Callable[[int], None] | None = None,
+        contrast: Contrast | None = None,
     ) -> list[Reply]:
         """Replies to conversations, in the order given.
 
@@ -108,10 +135,12 @@ class Engine(ABC):
             options: decoding; greedy, 48 tokens, when None.
             batch_size: prompts per batch, >= 1.
             on_batch: called after each batch with its number of replies.
+            contrast: second conversations, as many as there are requests; interventions act on
+                them too.
 
         Raises:
             InputError: a request or an option cannot be used. SteeringError: an intervention cannot
-                be made.
+                be made. EngineError: this engine cannot decode two conversations side by side.
         """
 
     @abstractmethod

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cmrm.engines.base import Decoding, Engine, Reply
+from cmrm.engines.base import Contrast, Decoding, Engine, Reply
+from cmrm.engines.contrast import Contrasted
 from cmrm.errors import InputError
 from cmrm.model.batching import in_batches
 from cmrm.model.encode import encode
@@ -40,6 +41,7 @@ class TransformersEngine(Engine):
     (`shift.prefix`)."""
 
     name = "transformers"
+    contrasts = True
 
     def __init__(self, vlm: VLM) -> None:
         self.vlm = vlm
@@ -81,9 +83,14 @@ class TransformersEngine(Engine):
         *,
         batch_size: int = 16,
         on_batch: Callable[[int], None] | None = None,
+        contrast: Contrast | None = None,
     ) -> list[Reply]:
         """Replies to conversations, in the order given; see `Engine.answer`."""
         options = options or Decoding()
+        if contrast is not None and len(contrast.requests) != len(requests):
+            raise InputError(
+                f"{len(contrast.requests)} contrasts were given for {len(requests)} requests"
+            )
         for part in interventions:
             if part.rows not in (None, len(requests)):
                 raise InputError(
@@ -94,7 +101,8 @@ class TransformersEngine(Engine):
         def work(places: list[int]) -> list[Reply]:
             batch = [requests[k] for k in places]
             steered = [part.select(places) for part in interventions] if batch[0].all_images else []
-            return self._batch(batch, steered, options)
+            second = None if contrast is None else contrast.select(places)
+            return self._batch(batch, steered, options, second)
 
         by_length = sorted(range(len(requests)), key=lambda k: len(requests[k].text))
         for with_image in (True, False):
@@ -110,6 +118,7 @@ class TransformersEngine(Engine):
         requests: Sequence[Request],
         interventions: Sequence[Intervention],
         options: Decoding,
+        contrast: Contrast | None = None,
         **more: Any,
     ) -> list[Reply]:
         vlm = self.vlm
@@ -120,6 +129,8 @@ class TransformersEngine(Engine):
         with vlm.lock, torch.inference_mode():
             inputs = encode(vlm, requests)
             with steering:
+                if contrast is not None:
+                    more["logits_processor"] = [Contrasted(vlm, contrast)]
                 out = vlm.model.generate(**inputs, **_generate_options(vlm, options), **more)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Two gates of others behind the interface of the harm gate: CAST's cosine and HiddenDetect's score.
+"""Two gates of other sources behind the interface of the harm gate: CAST's and HiddenDetect's.
 
 | kind | what is fitted | layers that are read |
 |---|---|---|
@@ -162,13 +162,13 @@ def _vocabulary_gate(
     areas = auc(summed[0], summed[1])
     last = _lowest(areas, first, highest)
     layers = tuple(range(first, last + 1))
-    scores = [total[:, last] for total in summed]
-    threshold = _threshold(scores[1], false_alarms)
+    ends = [total[:, last] for total in summed]
+    threshold = _threshold(ends[1], false_alarms)
     gate = Gate(
         "vocabulary", layers, vocabulary.vector.repeat(len(layers), 1), threshold,
         weights=trapezoid(len(layers)), metric=vocabulary.metric,
     )  # fmt: skip
-    return gate, _record(last, areas, false_alarms, scores, threshold)
+    return gate, _record(last, areas, false_alarms, ends, threshold)
 
 
 def trapezoid(count: int) -> tuple[float, ...]:
@@ -241,7 +241,8 @@ def norm_gain(vlm: VLM) -> torch.Tensor:
         device = given.device if given.device.type != "meta" else vlm.device
 
         def normed(rows: torch.Tensor) -> torch.Tensor:
-            return norm(rows.to(device, given.dtype)[None])[0].float().cpu()  # type: ignore[no-any-return]
+            output: torch.Tensor = norm(rows.to(device, given.dtype)[None])[0]
+            return output.float().cpu()
 
         gain = normed(signs[None])[0] * signs
         expected = gain * states / states.square().mean(-1, keepdim=True).sqrt()

@@ -39,26 +39,13 @@ def resolved(
         InputError: the artifact does not hold what the setting needs; what is missing and how to
             get it is named.
     """
-    steering = steering or shift.recommended
+    steering = settled(shift, steering)
     gate = gate_of(shift, steering)
-    if steering.operator == "add" and steering.schedule == "sequential":
-        deltas = shift.sequential
-        if deltas is None:
-            raise InputError(
-                "the artifact holds no vectors of the schedule sequential; extract it with "
-                "schedule sequential, or with benign anchors"
-            )
-        steering = _sequential(shift, steering)
-        return [shift_intervention(deltas, steering, gate)]
-    n_layers = len(shift.vectors)
-    if gate is not None:
-        steering = replace(steering, layers=_above(gate, steering, n_layers))
-    elif steering.operator == "fill" and steering.layers is None:
-        steering = replace(steering, layers=upper_half(n_layers))
+    if steering.kind == "sequential":
+        assert shift.sequential is not None
+        return [shift_intervention(shift.sequential, steering, gate)]
     if steering.operator == "add":
         return [shift_intervention(shift.vectors, steering, gate)]
-    if shift.direction is None:
-        raise InputError(f"the artifact holds no refusal direction, which fill needs; {REMEDY}")
     if not needs_text(steering):
         return []
     if text_states is None:
@@ -66,7 +53,45 @@ def resolved(
             "fill needs what each request has as text: say which requests are answered, "
             "steer(vlm, shift, requests=[...]), or use generate() or stream()"
         )
+    assert shift.direction is not None
     return [fill_intervention(shift.direction, text_states(), steering, gate)]
+
+
+def settled(shift: ShiftVectors, steering: Steering | None = None) -> Steering:
+    """A setting as it is used with an artifact: its layers are named where they depend on what the
+    artifact holds. No model is needed.
+
+    Args:
+        shift: the artifact.
+        steering: the setting; the recommended one when None.
+
+    Raises:
+        InputError: the artifact does not hold what the setting needs; what is missing and how to
+            get it is named.
+    """
+    steering = steering or shift.recommended
+    gate = gate_of(shift, steering)
+    n_layers = len(shift.vectors)
+    if steering.kind == "sequential":
+        if shift.sequential is None:
+            raise InputError(
+                "the artifact holds no vectors of the schedule sequential; extract it with "
+                "schedule sequential, or with benign anchors"
+            )
+        steering = _sequential(shift, steering)
+    elif gate is not None:
+        steering = replace(steering, layers=_above(gate, steering, n_layers))
+    elif steering.operator == "fill" and steering.layers is None:
+        steering = replace(steering, layers=upper_half(n_layers))
+    if steering.operator == "fill" and shift.direction is None:
+        raise InputError(f"the artifact holds no refusal direction, which fill needs; {REMEDY}")
+    lowest = steering.chosen_layers(n_layers)[0]
+    if gate is not None and lowest <= gate.layers[-1]:
+        raise InputError(
+            f"the gate reads decoder layer {gate.layers[-1]}, and layer {lowest} does not stand "
+            f"above it; steer layers from {gate.layers[-1] + 1} on"
+        )
+    return steering
 
 
 def gate_of(shift: ShiftVectors, steering: Steering) -> Gate | None:

@@ -205,7 +205,8 @@ def shift_intervention(
 
     Raises:
         InputError: the vectors have another number of dimensions or hold NaN, a layer is out of
-            range, or the setting's operator is not `add`.
+            range, the setting's operator is not `add`, it has a gate and none was given, or it is
+            sequential and the vectors are one set a row.
     """
     if vectors.dim() not in (2, 3):
         raise InputError(
@@ -215,6 +216,13 @@ def shift_intervention(
         raise InputError(
             f"the operator {steering.operator!r} needs an artifact with a refusal direction and "
             "the text of each request; vectors alone are added"
+        )
+    if steering.gate and gate is None:
+        raise InputError("vectors alone have no gate; use an artifact that holds one")
+    if steering.schedule == "sequential" and vectors.dim() == 3:
+        raise InputError(
+            "the schedule sequential is estimated over anchors; the sample level takes telescoped "
+            "or per_layer"
         )
     vectors = vectors.float()
     edits = []

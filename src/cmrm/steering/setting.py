@@ -37,6 +37,8 @@ from cmrm.errors import InputError
 Schedule = Literal["telescoped", "per_layer", "sequential"]
 Move = Literal["add", "fill"]
 Positions = Literal["last", "all", "after_image", "generated", "last_prompt"]
+Kind = Literal["shift", "sequential", "fill"]
+"""What is done to a state: shift vectors or sequential ones are added, or fill."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,31 @@ class Steering:
             )
         return cls(**values)
 
+    @property
+    def kind(self) -> Kind:
+        """What is done to a state; the other fields were chosen for it."""
+        return kind_of(self.operator, self.schedule)
+
+    def changed(self, changes: Mapping[str, Any]) -> Steering:
+        """This setting with other fields, by name.
+
+        Where they make another kind of it, the fields that they do not name have their defaults:
+        layers and positions were chosen for the kind. A schedule that is named means that vectors
+        are added. A gate that is turned on puts layers that are not named back to all above it.
+
+        Raises:
+            InputError: a field is unknown, has a value that it cannot take, or excludes another.
+        """
+        named = dict(changes)
+        if "schedule" in named:
+            named.setdefault("operator", "add")
+        operator = named.get("operator", self.operator)
+        if kind_of(operator, named.get("schedule", self.schedule)) != self.kind:
+            return Steering.from_json(named)
+        if named.get("gate") and not self.gate:
+            named.setdefault("layers", None)
+        return Steering.from_json({**asdict(self), **named})
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         values = asdict(self)
@@ -149,6 +176,13 @@ class Steering:
                 f"0..{n_layers - 1}"
             )
         return chosen
+
+
+def kind_of(operator: str, schedule: str) -> Kind:
+    """The kind of a setting with this operator and this schedule."""
+    if operator == "fill":
+        return "fill"
+    return "sequential" if schedule == "sequential" else "shift"
 
 
 def layer_numbers(layers: Sequence[int]) -> tuple[int, ...]:
