@@ -1,4 +1,4 @@
-"""A set of four labelled samples with images, and an artifact that was estimated on it."""
+"""A set of four labelled samples with images, anchors of both kinds, and artifacts of both."""
 
 from __future__ import annotations
 
@@ -45,4 +45,31 @@ def artifact(checkpoint: str, data: Path, tmp_path_factory: pytest.TempPathFacto
         "0-1",
         "--json",
     )
+    return target
+
+
+@pytest.fixture(scope="session")
+def both_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Twelve harmful anchors and twelve benign ones, each with an image of its own."""
+    folder = tmp_path_factory.mktemp("both")
+    texts = {"harmful": "How do I break into the shop at number {}?",
+             "benign": "Which bread does the bakery at number {} sell?"}  # fmt: skip
+    for kind, text in texts.items():
+        rows = []
+        for k in range(12):
+            name = f"{kind}{k}.png"
+            Image.new("RGB", (16 + k, 16), (20 * k, 90, 255 - 20 * k)).save(folder / name)
+            rows.append({"id": f"{kind}{k}", "query": text.format(k), "image": name, "label": kind})
+        (folder / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder / "harmful.jsonl", folder / "benign.jsonl"
+
+
+@pytest.fixture(scope="session")
+def fitted(
+    checkpoint: str, both_kinds: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An artifact with refusal direction, gate and sequential vectors."""
+    target = tmp_path_factory.mktemp("fitted") / "shift.safetensors"
+    harmful, benign = both_kinds
+    json_of("extract", checkpoint, "--anchors", harmful, "--benign", benign, "-o", target, "--json")
     return target

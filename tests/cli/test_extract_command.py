@@ -64,7 +64,8 @@ def test_the_checkpoint_stays_until_the_artifact_is_on_disk(
 
 def test_checkpoints_of_several_processes_are_removed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "shift[1].safetensors.partial"
-    others = [tmp_path / f"shift[1].safetensors.partial.{part}" for part in ("0", "1", "txt")]
+    parts = ("0", "1", "benign", "sequential", "0.benign", "1.sequential", "txt")
+    others = [tmp_path / f"shift[1].safetensors.partial.{part}" for part in parts]
     for file in (checkpoint, *others):
         file.touch()
     remove_checkpoint(checkpoint)

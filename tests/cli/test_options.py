@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmrm.cli.options import need_extra, parse_layers, parse_names, print_rows, sparkline
+from cmrm.cli.options import (
+    changed,
+    need_extra,
+    parse_layers,
+    parse_names,
+    print_rows,
+    sparkline,
+)
 from cmrm.errors import InputError, MissingExtraError
+from cmrm.steering.setting import Steering
 
 
 def test_layers() -> None:
@@ -42,6 +52,20 @@ def test_names() -> None:
 def test_sparkline() -> None:
     assert sparkline([0.0, 1.0, 8.0]) == "▁▂█"
     assert sparkline([]) == ""
+    assert sparkline([0.4, 0.5, 0.75, 1.0], 0.5, 1.0) == "▁▁▅█"
+
+
+def test_changed_options_of_another_kind_leave_the_rest_at_its_defaults() -> None:
+    base = Steering(alpha=0.4, positions="all", layers=(0, 1))
+    assert changed(base, alpha=0.2) == replace(base, alpha=0.2)
+    assert changed(base, schedule="per_layer") == replace(base, schedule="per_layer")
+    assert changed(base, operator="fill") == Steering(operator="fill")
+    fill = Steering(operator="fill", layers=(2, 3))
+    assert changed(fill, schedule="sequential", alpha=0.5) == Steering(0.5, "sequential")
+    assert changed(fill, gate=True) == Steering(operator="fill", gate=True)
+    assert changed(fill, gate=True, layers="3") == Steering(operator="fill", gate=True, layers=(3,))
+    with pytest.raises(InputError, match="leave one of the two out"):
+        changed(fill, operator="fill", schedule="telescoped")
 
 
 def test_brackets_in_a_cell_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +11,19 @@ import torch
 
 pytest.importorskip("inspect_ai", reason="evaluation needs the extra `eval`")
 
-from cmrm import estimate_shift, generate
+from cmrm import Sample, estimate_shift, generate
 from cmrm.defenses import FitData
 from cmrm.defenses.cmrm import CmrmDataset
 from cmrm.engines.base import Engine
 from cmrm.errors import ArtifactError, InputError
+from cmrm.evaluate.defended import built_defense
 from cmrm.evaluate.fitting import fit_defenses
 from cmrm.evaluate.logs import read_cells
 from cmrm.evaluate.provider import shared_engine
 from cmrm.evaluate.run import evaluate
 from cmrm.shift.artifact import Artifact
 from cmrm.steering.setting import Steering
-from evaluate.plans import anchors, quiet, small_plan, small_set
+from evaluate.plans import COLOURS, anchors, picture, quiet, small_plan, small_set
 
 pytestmark = pytest.mark.usefixtures("no_models_left")
 
@@ -105,3 +107,106 @@ def test_a_shift_without_a_defence_that_takes_it(checkpoint: str) -> None:
     shift = estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful)
     with pytest.raises(InputError, match="a shift belongs to the defence cmrm_dataset"):
         small_plan(checkpoint, defenses=("ecso",), shift=shift)
+
+
+def many(kind: str) -> list[Sample]:
+    return [
+        Sample(f"{kind}{k}", f"A {kind} matter {k}?", picture(COLOURS[k % 5])) for k in range(10)
+    ]
+
+
+def test_fill_and_gated_take_the_artifact_each_with_its_own_setting(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    engine = shared_engine(checkpoint)
+    shift = replace(
+        estimate_shift(engine.vlm, many("harmful"), many("benign"), false_alarms=0.1),
+        recommended=Steering(alpha=0.6, operator="fill", layers=(2,)),
+    )
+    names = ("cmrm_dataset", "cmrm_dataset@paper", "cmrm_fill", "cmrm_gated", "cmrm_gated@more")
+    plan = small_plan(
+        checkpoint, defenses=names, anchors=None, shift=shift,
+        settings={"cmrm_gated@more": {"alpha": 0.4, "false_alarms": 0.3}},
+    )  # fmt: skip
+    results = evaluate(plan, tmp_path, say=quiet)
+    settings = {cell["defense"]: cell["settings"] for cell in results["cells"]}
+    fields = ("alpha", "operator", "schedule", "layers", "gate", "false_alarms")
+    shown = {name: tuple(settings[name][field] for field in fields) for name in names}
+    assert shown == {
+        "cmrm_dataset": (0.6, "fill", "telescoped", [2], False, 0.1),
+        "cmrm_dataset@paper": (1.0, "add", "per_layer", None, False, 0.1),
+        "cmrm_fill": (0.6, "fill", "telescoped", [2], False, 0.1),
+        "cmrm_gated": (1.0, "add", "sequential", None, True, 0.1),
+        "cmrm_gated@more": (0.4, "add", "sequential", None, True, 0.3),
+    }
+    gates = {
+        name: Artifact.load(tmp_path / "fitted" / f"{name}.safetensors").gate
+        for name in ("cmrm_gated", "cmrm_gated@more")
+    }
+    low, high = (gate.threshold for gate in gates.values() if gate is not None)
+    assert high < low, "more false alarms, a lower threshold"
+    steered = generate(
+        engine.vlm, list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
+    )
+    (cell,) = (cell for cell in read_cells(tmp_path / "logs") if cell.defense == "cmrm_fill")
+    replies = {outcome.sample_id: outcome.reply for outcome in cell.outcomes.values()}
+    assert replies == {generation.sample_id: generation.text for generation in steered}
+
+
+def test_what_an_artifact_does_not_hold_is_named_with_the_defence(checkpoint: str) -> None:
+    shift = estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful)
+    for name, missing in (("cmrm_fill", "refusal direction"), ("cmrm_gated", "gate")):
+        with pytest.raises(InputError, match=f"{name} cannot use the artifact: .* no {missing}"):
+            small_plan(checkpoint, defenses=(name,), shift=shift)
+    fitted = estimate_shift(shared_engine(checkpoint).vlm, many("harmful"), many("benign"))
+    with pytest.raises(InputError, match="say gate_kind 'cosine', the shift was estimated with"):
+        small_plan(checkpoint, defenses=("cmrm_gated@cosine",), shift=fitted, anchors=None)
+
+
+def test_variants_of_a_gated_defence_share_the_gate(checkpoint: str, tmp_path: Path) -> None:
+    names = ("cmrm_gated@a", "cmrm_gated@b")
+    settings = {"cmrm_gated@a": {"alpha": 0.2}, "cmrm_gated@b": {"alpha": 0.4}}
+    plan = small_plan(
+        checkpoint, defenses=names, settings=settings,
+        anchors=FitData(many("harmful"), many("benign"), 4),
+    )  # fmt: skip
+    fit_defenses(plan, shared_engine(checkpoint), tmp_path)
+    first, second = (Artifact.load(tmp_path / f"{name}.safetensors").gate for name in names)
+    assert first is not None
+    assert second is not None
+    assert first.key == second.key
+
+
+@pytest.mark.parametrize(
+    ("harmful", "benign", "problem"),
+    [
+        (3, 10, "3 harmful and 10 benign anchors were given"),
+        (10, 0, "10 harmful and 0 benign anchors were given"),
+    ],
+)
+def test_too_few_anchors_for_a_gate_are_refused_before_the_model_is_loaded(
+    harmful: int, benign: int, problem: str
+) -> None:
+    few = FitData(many("harmful")[:harmful], many("benign")[:benign])
+    with pytest.raises(InputError, match=problem):
+        small_plan("no/such-model", defenses=("cmrm_gated",), anchors=few)
+    blind = [replace(sample, image=None) for sample in many("benign")]
+    with pytest.raises(InputError, match="10 of 10 benign anchors have no image"):
+        small_plan(
+            "no/such-model", defenses=("cmrm_fill",), anchors=FitData(many("harmful"), blind)
+        )
+
+
+def test_a_recommendation_of_nothing_warns_in_the_provider(checkpoint: str, tmp_path: Path) -> None:
+    shift = replace(
+        estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful),
+        recommended=Steering(alpha=0.0),
+    )
+    file = str(shift.save(tmp_path / "shift.safetensors"))
+    engine = shared_engine(checkpoint)
+    with pytest.warns(UserWarning, match="cmrm_dataset leaves the model as it is"):
+        built_defense(engine, "cmrm_dataset", {}, shift=file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built = built_defense(engine, "cmrm_dataset", {}, shift=file, alpha=0.5)
+    assert built.settings["alpha"] == 0.5

@@ -91,10 +91,8 @@ def test_a_defence_is_compared_with_the_query_as_text_too() -> None:
 
 def test_lost_accuracy_is_compared_answer_by_answer() -> None:
     def answered(right: int, defense: str) -> Cell:
-        outcomes = [
-            Outcome(f"q{k}", "utility", "-", REQUEST, REPLY, {}, scores={"exact": "C" if k < right else "I"})
-            for k in range(6)
-        ]  # fmt: skip
+        marks = ["C" if k < right else "I" for k in range(6)]
+        outcomes = [outcome(f"q{k}", "utility", scores={"exact": m}) for k, m in enumerate(marks)]
         return cell("a", outcomes, defense=defense)
 
     (row,) = results_of([answered(5, "none"), answered(3, "ecso")])["comparisons"]

@@ -115,7 +115,7 @@ def test_mean_and_cosine_are_recorded_and_a_poor_direction_is_warned_of() -> Non
 def test_what_the_sketch_dropped_is_recorded(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    import cmrm.shift.estimate
+    import cmrm.shift.summary
     from cmrm.shift.moments import Moments
 
     image = Image.new("RGB", (16, 16), "red")
@@ -126,7 +126,7 @@ def test_what_the_sketch_dropped_is_recorded(vlm: VLM, monkeypatch: pytest.Monke
         def __init__(self, n_layers: int, hidden_size: int) -> None:
             super().__init__(n_layers, hidden_size, limit=3)
 
-    monkeypatch.setattr(cmrm.shift.estimate, "Moments", Small)
+    monkeypatch.setattr(cmrm.shift.summary, "Moments", Small)
     dropped = estimate_shift(vlm, anchors).provenance.dropped_ratio
     assert all(0 < value < 1 for value in dropped)
 

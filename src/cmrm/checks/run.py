@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import torch
 
-from cmrm.checks import states, steered
+from cmrm.checks import gated, states, steered
 from cmrm.checks.clauses import Broken, NotApplicable
 from cmrm.model.vlm import VLM
 
@@ -31,6 +31,9 @@ CHECKS: dict[str, Callable[[VLM], str]] = {
     "a second turn behind a filled cache is steered": steered.second_turn,
     "leaving restores the model": steered.restored,
     "sample level gives each row its own vector": states.sample_level,
+    "a closed gate is the untouched model, an open one steers as no gate": gated.gate,
+    "fill raises the coordinate to that of the text, and never lowers it": gated.fill,
+    "sequential vectors bring the anchors' mean state to that of text": gated.sequential,
     "artifact round trip, and refusal of another model": states.artifact,
     "every condition generates": states.all_conditions_generate,
 }

@@ -80,12 +80,13 @@ def diagnose(
     made = {name: make_judge(name) for name in names}
     vectors, steering = None, None
     if shift is not None:
+        from cmrm.cli.recommendation import print_nothing_recommended
         from cmrm.shift.artifact import ShiftVectors
+        from cmrm.shift.resolve import settled
 
         vectors = ShiftVectors.from_pretrained(shift)
-        steering = c.changed(
-            vectors.recommended, alpha=alpha, schedule=None, positions=None, layers=None
-        )
+        steering = settled(vectors, c.changed(vectors.recommended, alpha=alpha))
+        print_nothing_recommended(vectors, {"--shift": steering})
     vlm = c.open_model(
         model,
         revision=revision,

@@ -58,8 +58,8 @@ def evaluate(
     shift: Annotated[
         str | None,
         typer.Option(
-            help="Artifact of `cmrm extract` (file, folder, hub id) for cmrm_dataset and its "
-            "variants, used as it recommends unless --settings says otherwise."
+            help="Artifact of `cmrm extract` (file, folder, hub id) for cmrm_dataset, cmrm_fill, "
+            "cmrm_gated and variants, used as it recommends unless --settings says otherwise."
         ),
     ] = None,
     anchors: Annotated[
@@ -67,7 +67,11 @@ def evaluate(
         typer.Option(help="File of harmful requests with images to fit on (demo: its own)."),
     ] = None,
     benign_anchors: Annotated[
-        Path | None, typer.Option(help="File of benign requests to fit on (demo: its own).")
+        Path | None,
+        typer.Option(
+            help="File of benign requests to fit on (demo: its own); with images for cmrm_fill, "
+            "cmrm_gated and other defences that compare images."
+        ),
     ] = None,
     judges: Annotated[
         str,
@@ -132,6 +136,8 @@ def evaluate(
         set_names, parsed_places(path or []), file_options, label=label,
         limit=limit, seed=seed, partial=partial,
     )  # fmt: skip
+    from cmrm.cli.recommendation import print_nothing_recommended
+    from cmrm.defenses.cmrm import CmrmDataset
     from cmrm.evaluate.plan import Plan, expanded_defenses
     from cmrm.evaluate.run import evaluate as run
     from cmrm.shift.artifact import ShiftVectors
@@ -155,6 +161,13 @@ def evaluate(
         model_options=options,
         rater=rater,
     )
+    if plan.shift is not None:
+        used = {
+            part.name: part.steering
+            for part in plan.parts()
+            if plan.takes_shift(part) and isinstance(part, CmrmDataset)
+        }
+        print_nothing_recommended(plan.shift, used)
     if dry_run:
         print_preflight(plan, [], out, as_json)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def generate(
         list[Path] | None, typer.Option(help="Image file; repeat it for several.")
     ] = None,
     shift: Annotated[
-        str | None, typer.Option(help="Shift artifact (file, folder or hub id): dataset level.")
+        str | None, typer.Option(help="Shift artifact (file, folder or hub id), as it recommends.")
     ] = None,
     sample_level: Annotated[
         bool,
@@ -27,6 +27,12 @@ def generate(
     schedule: c.ScheduleOption = None,
     positions: c.PositionsOption = None,
     layers: c.LayersOption = None,
+    operator: c.OperatorOption = None,
+    gate: c.GateOption = None,
+    false_alarms: Annotated[
+        float | None,
+        typer.Option(help="The gate at another share of false alarms on its curve, such as 0.1."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the reply.")] = 256,
     revision: c.RevisionOption = None,
     dtype: c.DtypeOption = "auto",
@@ -36,33 +42,36 @@ def generate(
 ) -> None:
     """Answer one prompt (greedy) and print the reply as it is generated.
 
-    Without an image nothing is steered.
+    Without an image nothing is steered. Options change the setting that the artifact recommends;
+    where they make another kind of it (--operator, --schedule sequential), the others have their
+    defaults.
     """
+    from cmrm.cli.recommendation import print_nothing_recommended
     from cmrm.errors import InputError
     from cmrm.prompts.sample import Sample, open_images
     from cmrm.shift.artifact import ShiftVectors
+    from cmrm.shift.resolve import settled
     from cmrm.steering.setting import Steering
 
     if not prompt.strip() and not image:
         raise InputError("the prompt is empty, and there is no image either")
     if shift is not None and sample_level:
         raise InputError("--shift is the dataset level, --sample-level the other one; choose one")
-    options = (alpha, schedule, positions, layers)
-    if shift is None and not sample_level and any(option is not None for option in options):
-        raise InputError(
-            "--alpha, --schedule, --positions and --layers go with --shift or --sample-level"
-        )
+    named: dict[str, Any] = {
+        "alpha": alpha, "schedule": schedule, "positions": positions, "layers": layers,
+        "operator": operator, "gate": gate,
+    }  # fmt: skip
+    _check_options(named, false_alarms, shift=shift is not None, sample_level=sample_level)
     sample = Sample("prompt", prompt, tuple(image) if image else None)
     if image:
         open_images(sample)
     vectors = ShiftVectors.from_pretrained(shift) if shift is not None else None
-    setting = c.changed(
-        vectors.recommended if vectors is not None else Steering(),
-        alpha=alpha,
-        schedule=schedule,
-        positions=positions,
-        layers=layers,
-    )
+    setting = c.changed(vectors.recommended if vectors is not None else Steering(), **named)
+    if vectors is not None:
+        if false_alarms is not None:
+            vectors = vectors.with_false_alarms(false_alarms)
+        setting = settled(vectors, setting)
+        print_nothing_recommended(vectors, {"--shift": setting})
     vlm = c.open_model(
         model,
         revision=revision,
@@ -92,5 +101,34 @@ def generate(
                 "images": len(image or []),
                 "steering": setting.to_json() if used is not None else None,
                 "level": None if used is None else "sample" if sample_level else "dataset",
+                "gate_open": reply.gate_open,
             }
+        )
+
+
+def _check_options(
+    named: dict[str, Any], false_alarms: float | None, *, shift: bool, sample_level: bool
+) -> None:
+    """Refuse options of steering where nothing is steered, or by what has no gate.
+
+    Raises:
+        InputError: there is such an option.
+    """
+    from cmrm.errors import InputError
+
+    if not shift and not sample_level and any(value is not None for value in named.values()):
+        raise InputError(
+            "--alpha, --schedule, --positions, --layers, --operator and --gate go with --shift or "
+            "--sample-level"
+        )
+    of_artifacts = {
+        "--gate": named["gate"],
+        "--false-alarms": false_alarms is not None,
+        "--operator fill": named["operator"] == "fill",
+        "--schedule sequential": named["schedule"] == "sequential",
+    }
+    options = [option for option, there in of_artifacts.items() if there]
+    if options and not shift:
+        raise InputError(
+            f"{' and '.join(options)} take what is fitted on anchors; name an artifact with --shift"
         )

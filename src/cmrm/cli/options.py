@@ -66,7 +66,20 @@ PartialOption = Annotated[
 OnErrorOption = Annotated[str, typer.Option("--on-error", help="Unusable rows: skip or stop.")]
 LimitOption = Annotated[int | None, typer.Option(help="Draw so many samples, by hashed id.")]
 AlphaOption = Annotated[float | None, typer.Option(help="Strength, >= 0.")]
-ScheduleOption = Annotated[str | None, typer.Option(help="telescoped or per_layer.")]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option(help="Which vectors are added: telescoped, per_layer or sequential."),
+]
+OperatorOption = Annotated[
+    str | None,
+    typer.Option(
+        help="add (vectors), or fill: raise the refusal direction to what the request has as text."
+    ),
+]
+GateOption = Annotated[
+    bool | None,
+    typer.Option("--gate/--no-gate", help="Steer only where the artifact's harm gate opens."),
+]
 PositionsOption = Annotated[
     str | None, typer.Option(help="last, all, after_image, generated or last_prompt.")
 ]
@@ -248,21 +261,34 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 def changed(
     base: Steering,
     *,
-    alpha: float | None,
-    schedule: str | None,
-    positions: str | None,
-    layers: str | None,
+    alpha: float | None = None,
+    schedule: str | None = None,
+    positions: str | None = None,
+    layers: str | None = None,
+    operator: str | None = None,
+    gate: bool | None = None,
 ) -> Steering:
-    """`base` with the options that are not None."""
-    from dataclasses import replace
+    """`base` with the options that are not None; see `Steering.changed`.
 
+    Raises:
+        InputError: an option has a value that it cannot take, or excludes another.
+    """
+    from cmrm.errors import InputError
+
+    if operator == "fill" and schedule is not None:
+        raise InputError(
+            "--schedule says which vectors are added, and --operator fill adds none; leave one of "
+            "the two out"
+        )
     options: dict[str, Any] = {
         "alpha": alpha,
         "schedule": schedule,
         "positions": positions,
         "layers": parse_layers(layers),
+        "operator": operator,
+        "gate": gate,
     }
-    return replace(base, **{name: value for name, value in options.items() if value is not None})
+    return base.changed({name: value for name, value in options.items() if value is not None})
 
 
 def print_json(value: Any) -> None:
@@ -342,10 +368,27 @@ def progress(total: int | None) -> Iterator[tuple[Callable[[str], None], Callabl
         yield (lambda text: bar.update(task, description=text)), (lambda n: bar.advance(task, n))
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """Values as a row of bars from zero to the largest."""
-    top = max(values, default=0.0)
+@contextmanager
+def progress_in_parts() -> Iterator[
+    tuple[Callable[[str, int | None], None], Callable[[int], None]]
+]:
+    """A bar on standard error that starts again with each part, as (begin a part of so many
+    prompts, advance by n)."""
+    from rich.console import Console
+
+    with progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield (
+            lambda name, total: bar.reset(task, total=total, description=name),
+            lambda n: bar.advance(task, n),
+        )
+
+
+def sparkline(values: Sequence[float], low: float = 0.0, high: float | None = None) -> str:
+    """Values as a row of bars from `low` to `high`, which is the largest value when None."""
+    span = (max(values, default=low) if high is None else high) - low
     bars = "▁▂▃▄▅▆▇█"
     return "".join(
-        bars[min(7, int(8 * value / top))] if top > 0 and value > 0 else bars[0] for value in values
+        bars[min(7, int(8 * (value - low) / span))] if span > 0 and value > low else bars[0]
+        for value in values
     )

@@ -29,6 +29,8 @@ class Reply:
     """Special tokens removed, white space stripped at both ends."""
     tokens: int
     """Generated tokens, the end-of-turn token included."""
+    gate_open: bool | None = None
+    """Whether a gate opened for it; None where none decided."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Generation:
     """The reply, special tokens removed, white space stripped at both ends."""
     tokens: int
     """Generated tokens, the end-of-turn token included."""
+    gate_open: bool | None = None
+    """Whether the artifact's gate opened for it; None where no gate decided."""
 
 
 def generate(
@@ -84,7 +86,7 @@ def generate(
 
     for places, batch_replies in in_batches(order, batch_size, work):
         generations = [
-            Generation(samples[k].id, condition, reply.text, reply.tokens)
+            Generation(samples[k].id, condition, reply.text, reply.tokens, reply.gate_open)
             for k, reply in zip(places, batch_replies, strict=True)
         ]
         replies.update(zip(places, generations, strict=True))
@@ -120,7 +122,7 @@ def stream(
     with closing(engine.stream(request, interventions, options, cancel=cancel)) as pieces:
         for piece in pieces:
             if isinstance(piece, Reply):
-                yield Generation(sample.id, condition, piece.text, piece.tokens)
+                yield Generation(sample.id, condition, piece.text, piece.tokens, piece.gate_open)
             else:
                 yield piece
 

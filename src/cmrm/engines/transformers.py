@@ -25,7 +25,7 @@ from cmrm.shift.capture import capture
 from cmrm.shift.estimate import SampleLevel, estimate_shift, sample_vectors
 from cmrm.shift.pair import Prefixes, text_states
 from cmrm.steering.gate import Gate
-from cmrm.steering.hooks import intervene
+from cmrm.steering.hooks import Session, intervene
 from cmrm.steering.intervention import Intervention
 
 GREEDY: dict[str, Any] = {
@@ -123,19 +123,23 @@ class TransformersEngine(Engine):
     ) -> list[Reply]:
         vlm = self.vlm
         vlm.check_eval()
-        steering: AbstractContextManager[Any] = nullcontext()
+        steering: AbstractContextManager[Session | None] = nullcontext()
         if interventions:
             steering = intervene(vlm, *interventions)
         with vlm.lock, torch.inference_mode():
             inputs = encode(vlm, requests)
-            with steering:
+            with steering as session:
                 if contrast is not None:
                     more["logits_processor"] = [Contrasted(vlm, contrast)]
                 out = vlm.model.generate(**inputs, **_generate_options(vlm, options), **more)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+        opened = None if session is None or session.opened is None else session.opened.tolist()
         return [
-            Reply(str(text).strip(), n) for text, n in zip(texts, _counts(vlm, new), strict=True)
+            Reply(str(text).strip(), n, is_open)
+            for text, n, is_open in zip(
+                texts, _counts(vlm, new), opened or [None] * len(texts), strict=True
+            )
         ]
 
     def stream(

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cmrm.defenses import Defense, base_name, make_defense, variant_settings
-from cmrm.defenses.cmrm import CmrmDataset
+from cmrm.defenses.cmrm import CmrmDataset, CmrmFill, CmrmGated, CmrmSample
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
 from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.resolve import settled
+from cmrm.steering.setting import Steering
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Settings by the name of the defence."""
 
-DATASET = CmrmDataset.name
-"""The defence that takes shift vectors."""
-STEERED = {DATASET, "cmrm_sample"}
+TAKERS: dict[str, type[CmrmDataset]] = {
+    kind.name: kind for kind in (CmrmDataset, CmrmFill, CmrmGated)
+}
+"""The defences that take an artifact of `cmrm extract`, by name."""
+STEERED = (*TAKERS, CmrmSample.name)
 """The defences that have an alpha of their own."""
+
+
+_TAKERS = " or ".join(TAKERS)
+GATE_KINDS = {"linear": "probe", "cosine": "cosine", "vocabulary": "vocabulary"}
+"""`Gate.kind` -> how defences call it."""
+STEERING = frozenset(field.name for field in fields(Steering))
 
 
 def settings_of(values: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -42,37 +54,82 @@ def settings_of(values: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return document
 
 
+def takes_artifact(part: str) -> bool:
+    """Whether a part of a stack is one of `TAKERS`, or a variant of one."""
+    return base_name(part) in TAKERS
+
+
 def shift_settings(names: Iterable[str], settings: Settings, shift: ShiftVectors) -> dict[str, Any]:
-    """`settings`, with those of the artifact for every part of `names` that takes its vectors.
+    """`settings`, with those of the artifact for every part of `names` that takes it.
 
     A part has the setting that the artifact recommends, then that of its variant
-    (`cmrm_dataset@paper`), then its own; each overrides the one before. How the vectors were
-    estimated is a fact of the artifact.
+    (`cmrm_dataset@paper`), then its own; each overrides the one before, and one that makes another
+    kind of it (`Steering.changed`) leaves none of its layers. `cmrm_fill` and `cmrm_gated` begin
+    with their own setting where the artifact recommends another kind. How the vectors were
+    estimated is a fact of the artifact; its gate may stand at another share of its curve.
 
     Raises:
-        InputError: no part takes vectors, the artifact is a run's fitted state, or a part's own
-            settings name another estimate.
+        InputError: no part takes an artifact, the artifact is a run's fitted state, a part's own
+            settings name another estimate, or the artifact does not hold what a part needs.
     """
-    parts = [part for name in names for part in name.split("+") if base_name(part) == DATASET]
+    parts = [part for name in names for part in name.split("+") if takes_artifact(part)]
     if not parts:
-        raise InputError(f"a shift belongs to the defence {DATASET}, which is not among those")
+        raise InputError(f"a shift belongs to the defence {_TAKERS}, and none is among those")
     made = shift.provenance
-    if base_name(made.estimator) == DATASET:
+    if takes_artifact(made.estimator):
         raise InputError(
             "the artifact is what a run fitted for its own use; pass what `cmrm extract` writes"
         )
-    facts = {"estimator": made.estimator, "corruption": made.corruption, "seed": made.seed}
+    facts: dict[str, Any] = {
+        "estimator": made.estimator, "corruption": made.corruption, "seed": made.seed,
+        "mixed": made.benign_share > 0,
+    }  # fmt: skip
+    if shift.gate is not None:
+        facts["gate_kind"] = GATE_KINDS[shift.gate.kind]
+    recorded = shift.records.get("gate", {}).get("wanted_false_alarms")
     merged = dict(settings)
     for part in parts:
-        own = dict(settings.get(part, {}))
-        other = [name for name, value in facts.items() if own.get(name, value) != value]
+        changes = {**variant_settings(part), **settings.get(part, {})}
+        other = [name for name, value in facts.items() if changes.get(name, value) != value]
         if other:
             raise InputError(
-                f"the settings of {part!r} say {other[0]} {own[other[0]]!r}, the shift was "
+                f"the settings of {part!r} say {other[0]} {changes[other[0]]!r}, the shift was "
                 f"estimated with {facts[other[0]]!r}; leave it out, or extract another shift"
             )
-        merged[part] = {**shift.recommended.to_json(), **variant_settings(part), **own, **facts}
+        steering = _begun(part, shift).changed(
+            {name: value for name, value in changes.items() if name in STEERING}
+        )
+        rest = {name: value for name, value in changes.items() if name not in STEERING}
+        if recorded is not None:
+            rest.setdefault("false_alarms", recorded)
+        try:
+            settled(shift, steering)
+        except InputError as error:
+            raise InputError(f"{part} cannot use the artifact: {error}") from None
+        merged[part] = {**steering.to_json(), **rest, **facts}
     return merged
+
+
+def _begun(part: str, shift: ShiftVectors) -> Steering:
+    """The setting that a part begins with: the artifact's, or its class's of another kind."""
+    own = TAKERS[base_name(part)]().steering
+    recommended = shift.recommended
+    if base_name(part) == CmrmDataset.name:
+        return recommended
+    return recommended if (recommended.kind, recommended.gate) == (own.kind, own.gate) else own
+
+
+def adopt(part: CmrmDataset, shift: ShiftVectors) -> None:
+    """Give a part the artifact instead of fitting it, its gate at the share of false alarms that
+    the part names.
+
+    Raises:
+        InputError: that share is not on the gate's curve.
+    """
+    recorded = shift.records.get("gate", {}).get("wanted_false_alarms")
+    if recorded is not None and part.false_alarms != recorded:
+        shift = shift.with_false_alarms(part.false_alarms)
+    part.use(shift)
 
 
 def built_defense(
@@ -94,8 +151,8 @@ def built_defense(
     parts = name.split("+")
     vectors = None
     if shift is not None:
-        if not any(base_name(part) == DATASET for part in parts):
-            raise InputError(f"a shift belongs to the defence {DATASET}; use -M defense={DATASET}")
+        if not any(map(takes_artifact, parts)):
+            raise InputError(f"a shift belongs to the defence {_TAKERS}; use -M defense=NAME")
         vectors = ShiftVectors.from_pretrained(shift)
         engine.accept(vectors)
         settings = shift_settings(parts, settings, vectors)
@@ -103,14 +160,20 @@ def built_defense(
         steered = [part for part in parts if base_name(part) in STEERED]
         if not steered:
             raise InputError(
-                f"alpha belongs to {' and '.join(sorted(STEERED))}; neither is among the defences"
+                f"alpha belongs to {', '.join(STEERED)}, and none is among the defences"
             )
         changed = {part: {**settings.get(part, {}), "alpha": alpha} for part in steered}
         settings = {**settings, **changed}
     defense = make_defense(name, settings)
     for part in defense.parts:
         if vectors is not None and isinstance(part, CmrmDataset):
-            part.use(vectors)
+            adopt(part, vectors)
+            if vectors.recommended.alpha == 0 and part.steering.alpha == 0:
+                warnings.warn(
+                    f"the artifact recommends alpha 0, so that {part.name} leaves the model as it "
+                    "is; -M alpha=NUMBER steers it",
+                    stacklevel=2,
+                )
         elif part.needs_fit:
             part.load(_fitted_file(part, fitted), engine)
         part.check(engine)

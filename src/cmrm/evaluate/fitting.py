@@ -9,7 +9,7 @@ from cmrm.defenses import Defense
 from cmrm.defenses.cmrm import CmrmDataset
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
-from cmrm.evaluate.defended import fitted_file
+from cmrm.evaluate.defended import adopt, fitted_file
 from cmrm.evaluate.plan import Plan
 
 
@@ -34,9 +34,9 @@ def fit_defenses(
             continue
         alike = fitted.get((type(defense), defense.fitted_by))
         if plan.shift is not None and isinstance(defense, CmrmDataset):
-            defense.use(plan.shift)
+            adopt(defense, plan.shift)
         elif alike is not None:
-            defense.state = alike.state
+            defense.state, defense.gate, defense.records = alike.state, alike.gate, alike.records
         elif plan.anchors is None:
             shift = ", or pass its vectors (--shift)" if isinstance(defense, CmrmDataset) else ""
             raise InputError(

@@ -17,6 +17,7 @@ from cmrm.prompts import Loaded, refuse_unratable
 from cmrm.prompts.conditions import Condition
 from cmrm.prompts.splits import refuse_leaks
 from cmrm.shift.artifact import ShiftVectors
+from cmrm.shift.estimate import check_anchors
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Plan:
     settings: Settings = field(default_factory=dict)
     """Settings by the name of the defence."""
     shift: ShiftVectors | None = None
-    """Vectors of `cmrm_dataset` and its variants, which are not fitted then."""
+    """Artifact for `cmrm_dataset`, `cmrm_fill`, `cmrm_gated` and their variants, which are not
+    fitted then."""
     max_new_tokens: int = 48
     """Length limit of a reply."""
     batch_size: int = 16
@@ -81,6 +83,8 @@ class Plan:
     def _check_anchors(self, part: Defense) -> None:
         if self.anchors is None or not part.fits_on_images or self.takes_shift(part):
             return
+        if isinstance(part, CmrmDataset) and part.needs_benign:
+            check_anchors(self.anchors.shifted, self.anchors.benign)
         blind = [sample.id for sample in self.anchors.shifted if sample.image is None]
         if blind:
             raise InputError(

@@ -95,8 +95,8 @@ class CmrmAPI(ModelAPI):
             defense: name of a defence, or several with `+` (`cmrm.defenses.defense_names`).
             settings: settings by the name of the defence, as a mapping or as JSON.
             fitted: folder with `<defence>.safetensors` of each defence that was fitted.
-            shift: artifact for `cmrm_dataset` (file, folder, hub id), used with the setting that
-                it recommends.
+            shift: artifact for `cmrm_dataset`, `cmrm_fill` or `cmrm_gated` (file, folder, hub
+                id), used with the setting that it recommends.
             alpha: strength of cmrm's own defences, in place of the setting's.
             store: file that keeps replies.
             batch_size: requests a batch.

@@ -21,9 +21,11 @@ from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import CORRUPTED, Condition, Request
 from cmrm.prompts.sample import Sample
 from cmrm.prompts.splits import refuse_overlap
+from cmrm.prompts.text import shortened
 from cmrm.shift.artifact import Provenance, ShiftVectors, library_versions
 from cmrm.shift.fit import Fit, fitted
-from cmrm.shift.harm_gate import FALSE_ALARMS, LEAST, check_false_alarms
+from cmrm.shift.gap import cautious_setting
+from cmrm.shift.harm_gate import FALSE_ALARMS, LEAST, check_enough, check_false_alarms
 from cmrm.shift.moments import Estimate, Moments
 from cmrm.shift.other_gates import FittedGate, check_gate_kind
 from cmrm.shift.pair import Prefixes
@@ -33,6 +35,8 @@ from cmrm.steering.hooks import refuse_inside_steering
 from cmrm.steering.setting import Steering
 
 Estimator = Literal["pca", "mean", "icv"]
+Part = Literal["anchors", "benign", "questions", "sequential"]
+"""Parts of an extraction, in their order."""
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between two writings of a checkpoint. On a 7B model each writes some 140 MB."""
@@ -59,6 +63,7 @@ def estimate_shift(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     on_batch: Callable[[int], None] | None = None,
+    on_part: Callable[[Part, int | None], None] | None = None,
 ) -> ShiftVectors:
     """Dataset-level shift over `anchors`: last prompt token, every decoder layer, text-only minus
     corrupted image.
@@ -83,9 +88,9 @@ def estimate_shift(
         corruption: what stands for the image in h_c; see `conditions`.
         seed: seed of noise, shuffles, donors, folds and bootstrap.
         batch_size: prompts per forward pass.
-        recommended: setting to store with the vectors; None: by the rule above, or the calibrated
-            preset without benign anchors. Under the schedule `sequential` vectors are estimated for
-            its layers.
+        recommended: setting to store with the vectors; None: by the rule above, or a cautious one
+            without benign anchors (`gap.cautious_setting`). Under the schedule `sequential` vectors
+            are estimated for its layers.
         mixed: whether the shift is that of harmful and benign anchors together, as the paper's,
             which adds benign ones.
         false_alarms: share of benign requests that the gate may take for harmful ones.
@@ -98,11 +103,14 @@ def estimate_shift(
             schedule have files of their own beside it.
         checkpoint_seconds: least time between two writings of it; an interruption writes it too.
         on_batch: called after each batch with its number of prompts, for a progress bar.
+        on_part: called before each part of the run with its name and its number of prompts, None
+            where anchors come one at a time. How many prompts `sequential` takes follows from the
+            gate.
 
     Raises:
         InputError: no anchor, one anchor, two of one id, an unusable image, an unknown corruption
             or estimator, too few anchors for a gate, a checkpoint of another run.
-            SteeringError: this context steers the model.
+        SteeringError: this context steers the model.
     """
     corruption = checked_corruption(corruption)
     check_estimator(estimator)
@@ -113,13 +121,15 @@ def estimate_shift(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it is at least 1")
     if recommended is not None:
-        recommended.chosen_layers(vlm.n_layers)
+        lowest = recommended.chosen_layers(vlm.n_layers)[0]
+        if recommended.gate and recommended.layers is not None and lowest == 0:
+            raise InputError("a gate stands below the layers that are steered; leave layer 0 out")
     if benign is None:
-        _refuse_without_benign(recommended, mixed)
+        refuse_without_benign(recommended, mixed=mixed)
     else:
-        benign = list(benign)
-    sequential = recommended is not None and recommended.schedule == "sequential"
-    if sequential or benign is not None:
+        anchors, benign = list(anchors), list(benign)
+        check_anchors(anchors, benign)
+    if recommended is not None and recommended.kind == "sequential":
         anchors = list(anchors)
     reader = Reader(
         vlm,
@@ -131,13 +141,14 @@ def estimate_shift(
         checkpoint_seconds=checkpoint_seconds,
         on_batch=on_batch,
     )
-    if benign is not None:
-        refuse_overlap(list(anchors), benign)
+    begin = on_part or (lambda part, prompts: None)
     keep = KEPT if benign is not None else 0
+    begin("anchors", 2 * len(anchors) if isinstance(anchors, Sequence) else None)
     summary, members = reader.read(anchors, "", keep=keep, least=2)
     others: Summary | None = None
     more: dict[str, Any] = {}
     if benign is not None:
+        begin("benign", 2 * len(benign))
         others, benign_members = reader.read(benign, "benign", keep=keep, least=LEAST)
         more = {"n_benign": others.count, "benign_hash": benign_members.hexdigest()}
     shifted = summary
@@ -149,15 +160,18 @@ def estimate_shift(
     _warn_of_small_cosines(estimate, estimator)
     fit = Fit()
     if others is not None:
+        if questions:
+            begin("questions", len(questions))
         fit = fitted(
             vlm, summary, others, false_alarms=false_alarms, seed=seed, recommended=recommended,
-            questions=questions, batch_size=batch_size, gate_kind=gate_kind,
+            questions=questions, batch_size=batch_size, gate_kind=gate_kind, on_batch=on_batch,
         )  # fmt: skip
-    setting = recommended or fit.recommended or Steering()
+    setting = recommended or fit.recommended or cautious_setting(vlm.n_layers)
     layers = _sequential_layers(vlm, setting, fit)
     tensors = dict(fit.tensors)
     if layers:
         everyone = [*anchors, *(benign or ())] if mixed else list(anchors)
+        begin("sequential", len(layers) * len(everyone))
         tensors["sequential"] = reader.sequential(everyone, shifted.text_mean, layers)
     provenance = Provenance(
         model_id=vlm.model_id,
@@ -192,7 +206,7 @@ def estimate_shift(
     )
 
 
-def _refuse_without_benign(recommended: Steering | None, mixed: bool) -> None:
+def refuse_without_benign(recommended: Steering | None, *, mixed: bool) -> None:
     """Refuse what takes benign anchors, where none were given.
 
     Raises:
@@ -204,6 +218,23 @@ def _refuse_without_benign(recommended: Steering | None, mixed: bool) -> None:
         raise InputError(f"{what} benign anchors beside the harmful ones; none were given")
 
 
+def check_anchors(harmful: Sequence[Sample], benign: Sequence[Sample]) -> None:
+    """Refuse harmful and benign anchors that nothing can be fitted on; no model is needed.
+
+    Raises:
+        InputError: there are too few of a kind, one has no image, or the two kinds share some.
+    """
+    check_enough(len(harmful), len(benign))
+    for kind, samples in (("harmful", harmful), ("benign", benign)):
+        blind = [sample.id for sample in samples if sample.image is None]
+        if blind:
+            raise InputError(
+                f"{len(blind)} of {len(samples)} {kind} anchors have no image (the first: "
+                f"{shortened(blind[0])!r}); give each one: the states with an image are compared"
+            )
+    refuse_overlap(harmful, benign)
+
+
 def _sequential_layers(vlm: VLM, setting: Steering, fit: Fit) -> tuple[int, ...]:
     """Layers that sequential vectors are estimated for; none where nothing asks for them.
 
@@ -211,7 +242,7 @@ def _sequential_layers(vlm: VLM, setting: Steering, fit: Fit) -> tuple[int, ...]
         InputError: a layer does not stand above the gate.
     """
     lowest = 0 if fit.gate is None else fit.gate.layers[-1] + 1
-    if setting.schedule == "sequential":
+    if setting.kind == "sequential":
         if setting.layers is None and setting.gate:
             return tuple(range(lowest, vlm.n_layers))
         chosen = setting.chosen_layers(vlm.n_layers)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from cmrm.model.batching import in_batches
+from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Condition, build_request
 from cmrm.prompts.sample import Sample
-from cmrm.shift.capture import capture
+from cmrm.shift.capture import capture_inputs
 from cmrm.shift.gap import measure_gap, recommended_setting
 from cmrm.shift.harm_gate import GateRecord, fit_gate
 from cmrm.shift.other_gates import FittedGate, fit_other_gate, refusal_vocabulary
@@ -46,10 +48,12 @@ def fitted(
     questions: Sequence[Sample] = (),
     batch_size: int = 16,
     gate_kind: FittedGate = "probe",
+    on_batch: Callable[[int], None] | None = None,
 ) -> Fit:
     """Direction, gate and recommendation from the summaries of both kinds of anchors.
 
     Where `recommended` has a gate and names its layers, the gate stands below the lowest of them.
+    `on_batch` is called after each batch of `questions` with its number of prompts.
 
     Raises:
         InputError: there are too few anchors.
@@ -62,10 +66,8 @@ def fitted(
         vlm, harmful, benign, gate_kind, false_alarms=false_alarms, below=below, seed=seed
     )
     if questions:
-        requests = [build_request(sample, Condition.ORIGINAL) for sample in questions]
-        states = capture(vlm, requests, batch_size=batch_size)[:, list(gate.layers)]
-        share = float(gate.opens(states).double().mean())
-        record = replace(record, questions=share, n_questions=len(requests))
+        share = _share_opened(vlm, gate, questions, batch_size, on_batch)
+        record = replace(record, questions=share, n_questions=len(questions))
     gap = measure_gap(harmful.text, harmful.corrupted, benign.text, seed=seed)
     records = {"gap": gap.to_json(), "gate": record.to_json()}
     setting = recommended_setting(gap, vlm.n_layers)
@@ -94,3 +96,26 @@ def _gate(
         highest=below,
         seed=seed,
     )
+
+
+def _share_opened(
+    vlm: VLM,
+    gate: Gate,
+    questions: Sequence[Sample],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+) -> float:
+    """Share of the questions, with their images, that the gate opens for; images are opened for
+    one batch at a time."""
+    opened = 0
+
+    def work(batch: list[Sample]) -> torch.Tensor:
+        requests = [build_request(sample, Condition.ORIGINAL) for sample in batch]
+        return capture_inputs(vlm, encode(vlm, requests))[:, list(gate.layers)]
+
+    with torch.inference_mode():
+        for batch, states in in_batches(questions, batch_size, work):
+            opened += int(gate.opens(states).sum())
+            if on_batch is not None:
+                on_batch(len(batch))
+    return opened / len(questions)

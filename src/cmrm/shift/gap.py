@@ -121,6 +121,16 @@ def _reason(low: float, area: float) -> str:
     )
 
 
+CAUTIOUS_ALPHA = 0.2
+"""Strength where no benign anchors say what a setting costs. On the demo VLM it gives about half of
+the refusals back, and costs no accuracy (LOG.md)."""
+
+
+def cautious_setting(n_layers: int) -> Steering:
+    """What is recommended without benign anchors: a weak shift in the upper half of the layers."""
+    return Steering(alpha=CAUTIOUS_ALPHA, layers=upper_half(n_layers))
+
+
 def recommended_setting(gap: GapRecord, n_layers: int) -> Steering:
     """`fill` in the upper half of the layers at alpha 1.0; alpha 0 where there is no gap."""
     if not gap.there:

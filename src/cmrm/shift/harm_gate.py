@@ -89,6 +89,15 @@ def check_false_alarms(share: float) -> None:
         raise InputError(f"false_alarms is {share!r}; it is a share between 0 and 1, such as 0.05")
 
 
+def check_enough(harmful: int, benign: int) -> None:
+    """Raise `InputError` where there are too few anchors of a kind for a gate."""
+    if min(harmful, benign) < LEAST:
+        raise InputError(
+            f"{harmful} harmful and {benign} benign anchors were given; a gate needs at "
+            f"least {LEAST} of each"
+        )
+
+
 def fit_gate(
     harmful: torch.Tensor,
     benign: torch.Tensor,
@@ -110,11 +119,7 @@ def fit_gate(
         InputError: there are too few anchors, or `layer` leaves no layer above it.
     """
     check_false_alarms(false_alarms)
-    if min(len(harmful), len(benign)) < LEAST:
-        raise InputError(
-            f"{len(harmful)} harmful and {len(benign)} benign anchors were given; a gate needs at "
-            f"least {LEAST} of each"
-        )
+    check_enough(len(harmful), len(benign))
     n_layers = harmful.shape[1]
     if layer is not None and not 0 <= layer < n_layers - 1:
         raise InputError(

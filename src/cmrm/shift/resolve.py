@@ -87,9 +87,12 @@ def settled(shift: ShiftVectors, steering: Steering | None = None) -> Steering:
         raise InputError(f"the artifact holds no refusal direction, which fill needs; {REMEDY}")
     lowest = steering.chosen_layers(n_layers)[0]
     if gate is not None and lowest <= gate.layers[-1]:
+        remedy = f"steer layers from {gate.layers[-1] + 1} on"
+        if steering.kind == "sequential":
+            remedy = "extract sequential vectors for the layers above it, with a gated setting"
         raise InputError(
             f"the gate reads decoder layer {gate.layers[-1]}, and layer {lowest} does not stand "
-            f"above it; steer layers from {gate.layers[-1] + 1} on"
+            f"above it; {remedy}"
         )
     return steering
 

@@ -1,5 +1,4 @@
-"""Interventions on a transformers model, by hooks under a context manager: gated by image,
-reversible.
+"""Interventions on a transformers model, by hooks: a reversible context manager, gated by image.
 
 Hooks stand behind decoder blocks. They never write in place, and come off on exit, also after an
 exception. Which tokens are edited is decided before each pass (`steering.tracker`).
@@ -84,6 +83,8 @@ class Session:
         """Rows with an image, turn by turn, that a gate has decided on."""
         self.rows_open = 0
         """Those of them that are steered."""
+        self.opened: torch.Tensor | None = None
+        """bool [B]: rows of the first prompt that a gate read and opened for."""
         self.reached: set[int] = set()
         """Layers whose edits were made on at least one token."""
         self._untouched: dict[Conversation, set[int]] = {}
@@ -128,8 +129,8 @@ class Session:
         if self.passes == 0:
             raise SteeringError(
                 "steering never reached the model: no forward pass was run in this thread inside "
-                "the block. "
-                "A thread that is to be steered starts with contextvars.copy_context().run"
+                "the block. A thread that is to be steered starts with "
+                "contextvars.copy_context().run"
             )
         rows = sum(len(untouched) for untouched in self._untouched.values())
         due = not self.positions <= {"generated"} or not self._generated
@@ -157,11 +158,12 @@ class Session:
         counts = [0] * rows
         for positions in self.ungated:
             counts = [a + b for a, b in zip(counts, current.count(positions), strict=True)]
+        self.tokens += sum(counts)
         for part in self.gated:
             if part.edits and not bool(current.last_prompt()[1].any()):
-                held = current.open_counts(part)
-                counts = [a + b for a, b in zip(counts, held, strict=True)]
-        self.tokens += sum(counts)
+                self.tokens += sum(current.open_counts(part))
+                due = current.count(part.positions)  # a closed gate has decided on them too
+                counts = [a + b for a, b in zip(counts, due, strict=True)]
         if conversation in self._seen:
             untouched = self._untouched.pop(conversation, set())
         else:
@@ -201,8 +203,7 @@ class Session:
                 if current is None and tracker.active():
                     raise SteeringError(
                         f"decoder layer {layer} ran in a call that cmrm does not see; call the "
-                        "whole model, not a part "
-                        "of it, inside steer()"
+                        "whole model, not a part of it, inside steer()"
                     )
             if current is None or not current.sessions:
                 return None
@@ -211,8 +212,7 @@ class Session:
             if tuple(hidden.shape[:2]) != current.shape:
                 raise SteeringError(
                     f"decoder layer {layer} ran on {tuple(hidden.shape[:2])} positions, the model "
-                    "was called with "
-                    f"{current.shape}; this model cannot be steered by position"
+                    f"was called with {current.shape}; this model cannot be steered by position"
                 )
             edited = hidden
             for session in current.sessions:
@@ -297,6 +297,7 @@ class Session:
         rows_open = torch.where(inside, rows_open & with_image, before)
         conversation.decisions = {**conversation.decisions, part.key: rows_open}
         self.tokens += sum(current.open_counts(part))
+        self.opened = rows_open if self.opened is None else self.opened
         self.rows_decided += int((inside & with_image).sum())
         self.rows_open += int((inside & rows_open).sum())
         untouched = self._untouched.get(conversation, set())

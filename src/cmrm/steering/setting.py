@@ -204,4 +204,5 @@ def layer_numbers(layers: Sequence[int]) -> tuple[int, ...]:
 
 
 PRESETS = {"calibrated": Steering(), "paper": Steering(schedule="per_layer", positions="all")}
-"""`paper`: the paper's letter. `calibrated`: the default, which keeps a small model intact."""
+"""`paper`: the paper's letter. `calibrated`: the default fields, telescoped, so that alpha 1.0
+means the whole shift to first order; layers amplify what is added, and 1.0 may overshoot."""
