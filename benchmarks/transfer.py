@@ -78,7 +78,7 @@ def pictures(folder: str | None) -> list[Path]:
 
 def sets(options: argparse.Namespace) -> dict[str, list[Sample]]:
     """Sample sets by name; those whose data are not there are left out, and named."""
-    few = 1 if options.tiny else None
+    few = 1 if options.tiny else options.per_category
     made = {"test": tested(few)}
     made |= {name: paraphrased(form, few) for name, form in FORMS.items()}
     for name in ("photographs", "emoji"):
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--photographs", help="folder of photographs")
     parser.add_argument("--emoji", help="folder of emoji images")
+    parser.add_argument("--per-category", type=int, help="test requests per category and label")
     parser.add_argument("--store", type=Path, help="file that keeps replies")
     parser.add_argument("--tiny", action="store_true", help="few requests: does it still run?")
     options = parser.parse_args()

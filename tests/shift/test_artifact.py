@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from cmrm import Sample, ShiftVectors, Steering, estimate_shift, generate, steer
 from cmrm.errors import ArtifactError, CmrmError
 from cmrm.model.vlm import VLM
-from cmrm.shift.artifact import Artifact, Provenance, _old_config_hash
+from cmrm.shift.artifact import Artifact, Provenance
 from cmrm.shift.hub import card
+from cmrm.shift.old_formats import old_config_hash
 
 CASES = int(os.environ.get("CMRM_FUZZ", "10000"))
 
@@ -165,7 +166,7 @@ def old_shift_file(path: Path, vlm: VLM, shift: ShiftVectors) -> Path:
         "licence_note",
     }
     provenance = {k: v for k, v in asdict(shift.provenance).items() if k in kept}
-    provenance["config_hash"] = _old_config_hash(vlm)
+    provenance["config_hash"] = old_config_hash(vlm)
     content = {
         "format": "cmrm-shift/1",
         "provenance": provenance,
@@ -203,7 +204,7 @@ def test_a_defences_state_of_the_first_version_still_loads(
     save_file(
         {old: tensor},
         str(path),
-        metadata={"cmrm": f"cmrm-defense/1\n{name}\n{_old_config_hash(vlm)}"},
+        metadata={"cmrm": f"cmrm-defense/1\n{name}\n{old_config_hash(vlm)}"},
     )
     defense = make_defense(name)
     defense.load(path, TransformersEngine(vlm))

@@ -69,5 +69,5 @@ def test_card_says_what_it_is_and_how_to_use_it(shift: ShiftVectors) -> None:
     header = text.split("---")[1]
     assert "library_name: cmrm" in header
     assert 'ShiftVectors.from_pretrained("me/shift")' in text
-    for said in ("alpha 1.0, telescoped", "6, set hash", "blank", "pca", "3 x 32", "refused"):
+    for said in ("alpha 0.2, telescoped", "6, set hash", "blank", "pca", "3 x 32", "refused"):
         assert said in text

@@ -81,9 +81,9 @@ def extract(
 
     Anchors need images, not captions. --alpha, --schedule, --positions, --layers, --operator and
     --gate are stored as the recommended setting. Without them it follows from the anchors where
-    benign ones are given, and is a cautious one else; --gate alone adds the gate to it. --map, --images, --on-error,
-    --partial and --limit are for all three sets; --path, --split, --config and --variant are for
-    --anchors. A run that is killed continues from `OUTPUT.partial` and files beside it.
+    benign ones are given, and is a cautious one else; --gate alone adds the gate to it. --map,
+    --images, --on-error, --partial and --limit are for all three sets, the other options of sets
+    for --anchors. A run that is killed continues from `OUTPUT.partial` and files beside it.
     """
     from cmrm.shift.estimate import (
         check_anchors,

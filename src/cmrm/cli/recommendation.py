@@ -22,9 +22,16 @@ def sentences(shift: ShiftVectors, *, named: bool) -> list[str]:
 
     `named`: the setting is the user's own.
     """
-    whose = "recommended, as the options say" if named else "recommended"
-    lines = [f"{whose}: {setting_in_words(shift)}"]
     gap, gate = shift.records.get("gap"), shift.records.get("gate")
+    measured = gap is not None and gate is not None
+    how = (
+        ", as the options say"
+        if named
+        else ""
+        if measured
+        else ", with caution since nothing was measured"
+    )
+    lines = [f"recommended{how}: {setting_in_words(shift)}"]
     if gap is None or gate is None:
         return [*lines, WITHOUT_BENIGN]
     lines.append(f"{'by the anchors' if named else 'why'}: {gap['reason']}")

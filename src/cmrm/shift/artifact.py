@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,8 +40,6 @@ from cmrm.steering.setting import Steering
 __all__ = ["Artifact", "Provenance", "ShiftVectors", "library_versions"]
 
 FORMAT = "cmrm-artifact/2"
-OLD_SHIFT = "cmrm-shift/1"
-OLD_DEFENSE = "cmrm-defense/1"
 VECTORS = "vectors"
 BY_LAYER = frozenset({VECTORS, "direction", "sequential"})
 """Tensors with a row for each decoder layer."""
@@ -161,7 +158,9 @@ class Artifact:
             if there not in (here, "unknown")
         ]
         if self.identity is None:  # an old file, which knows no more than its config
-            known = {config_hash(vlm), _old_config_hash(vlm)}
+            from cmrm.shift.old_formats import old_config_hash
+
+            known = {config_hash(vlm), old_config_hash(vlm)}
             wrong = [] if made.config_hash in known else wrong or [
                 "another config; the artifact was written by an older cmrm, which bound it to "
                 "every "
@@ -194,14 +193,16 @@ _BROKEN = (
 
 
 def _read(header: str, tensors: dict[str, torch.Tensor]) -> Artifact:
+    from cmrm.shift.old_formats import OLD_DEFENSE, OLD_SHIFT, old_defense, old_shift
+
     if header.startswith(OLD_DEFENSE):
-        return _old_defense(header, tensors)
+        return old_defense(header, tensors)
     content = json.loads(header or "{}")
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_SHIFT):
         kind = content.get("format") if isinstance(content, dict) else None
         raise ArtifactError(f"it has format {kind!r}, this version reads {FORMAT!r}")
     if content["format"] == OLD_SHIFT:
-        return _old_shift(content, tensors)
+        return old_shift(content, tensors)
     written = content.pop("digest")
     if written != _digest(content, tensors):
         raise ArtifactError("the file is damaged: its content does not match its digest")
@@ -374,58 +375,3 @@ def _digest(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         digest.update(f"\x00{name}\x00{tensor.dtype}\x00{tuple(tensor.shape)}\x00".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _old_shift(content: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Artifact:
-    """An artifact of the first format: vectors, bound to the whole config, without a digest."""
-    warnings.warn(
-        "this artifact was written by an older cmrm: it knows the model's config, not its weights, "
-        "and "
-        "has no digest; extract it again to bind it to them",
-        stacklevel=4,
-    )
-    made = provenance_from_json(content["provenance"])
-    return Artifact({VECTORS: tensors[VECTORS]}, made, Steering.from_json(content["recommended"]))
-
-
-_OLD_STATE = {
-    "shiftdc": {"safety": "direction"},
-    "refusal_direction": {"refusal": "direction"},
-    "null_space": {"direction": "modality"},
-}
-"""Defence -> what its tensors were called in the first format."""
-
-
-def _old_defense(header: str, tensors: dict[str, torch.Tensor]) -> Artifact:
-    """The state of a defence in its first format, which names the defence and a hash of the
-    config."""
-    _, name, hash_of_config = header.split("\n")
-    renamed = _OLD_STATE.get(name, {})
-    tensors = {renamed.get(key, key): tensor for key, tensor in tensors.items()}
-    shape = next((tuple(tensor.shape) for tensor in tensors.values() if tensor.dim() == 2), (0, 0))
-    made = Provenance(
-        "unknown", None, "unknown", shape[1], shape[0], hash_of_config, estimator=name
-    )  # fmt: skip
-    return Artifact(tensors, made)
-
-
-_OLD_VOLATILE = {
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "_commit_hash",
-    "_attn_implementation",
-}
-
-
-def _old_config_hash(vlm: VLM) -> str:
-    """The hash of the whole config that the older formats were bound to."""
-
-    def stable(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: stable(v) for k, v in sorted(value.items()) if k not in _OLD_VOLATILE}
-        return value
-
-    raw = json.loads(json.dumps(vlm.model.config.to_dict(), default=str))
-    return hashlib.sha256(json.dumps(stable(raw), sort_keys=True).encode()).hexdigest()

@@ -27,8 +27,8 @@ def card(made: Provenance, use: Steering, *, repo_id: str | None = None) -> str:
     )
     layers = "all" if use.layers is None else ", ".join(map(str, use.layers))
     recommended = (
-        f"alpha {use.alpha}, {use.schedule}, positions {use.positions}, layers {layers}, "
-        f"norm kept: {use.preserve_norm}"
+        f"operator {use.operator}, alpha {use.alpha}, {use.schedule}, positions {use.positions}, "
+        f"layers {layers}, norm kept: {use.preserve_norm}, gate: {use.gate}"
     )
     explained = f"{min(made.explained_ratio):.2f} to {max(made.explained_ratio):.2f}"
     source = repo_id or "FOLDER"

@@ -51,7 +51,9 @@ def fit_probe(positive: torch.Tensor, negative: torch.Tensor, ridge: float = 100
     n = len(labels)
     counts = torch.where(labels == 1, n / (2 * len(positive)), n / (2 * len(negative)))
     mean = states.mean(1, keepdim=True)
-    scale = states.std(1, keepdim=True, correction=0).clamp_min(TINY)
+    scale = states.std(1, keepdim=True, correction=0)
+    constant = scale <= 1e-9 * mean.abs() + TINY  # rounding alone: as it is, not blown up
+    scale = torch.where(constant, torch.ones_like(scale), scale)
     left, values, right = torch.linalg.svd((states - mean) / scale, full_matrices=False)
     inputs = torch.cat([left * values[:, None, :], torch.ones_like(left[..., :1])], dim=-1)
     solution = torch.zeros(inputs.shape[0], inputs.shape[2], dtype=torch.float64)

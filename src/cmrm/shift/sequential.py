@@ -135,5 +135,8 @@ class _Passes:
             encoded = runner.encoded(requests)
             if not runner.packs(encoded):
                 return runner.run(requests, encoded, steps)
-            self._prepared[key] = runner.continuations(encoded)
-            return runner.packed(self._prepared[key], steps)
+            part = runner.continuations(encoded)
+            if any(kept.cache is not part.cache for kept in self._prepared.values()):
+                self._prepared.clear()  # keys and values of one prefix alone are held
+            self._prepared[key] = part
+            return runner.packed(part, steps)

@@ -293,13 +293,11 @@ class Session:
     ) -> None:
         """Hold a gate's decision for the rows whose last prompt token is in this pass."""
         with_image = conversation.gate.cpu()
-        before = conversation.decisions.get(part.key, torch.zeros_like(inside))
-        rows_open = torch.where(inside, rows_open & with_image, before)
-        conversation.decisions = {**conversation.decisions, part.key: rows_open}
+        fresh, opened = current.decide(part, rows_open & with_image, inside)
         self.tokens += sum(current.open_counts(part))
-        self.opened = rows_open if self.opened is None else self.opened
-        self.rows_decided += int((inside & with_image).sum())
-        self.rows_open += int((inside & rows_open).sum())
+        self.opened = opened if self.opened is None else self.opened
+        self.rows_decided += int((fresh & with_image).sum())
+        self.rows_open += int((fresh & opened).sum())
         untouched = self._untouched.get(conversation, set())
         untouched -= set(inside.nonzero().flatten().tolist())
         if not untouched:

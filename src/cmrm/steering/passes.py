@@ -71,6 +71,31 @@ class Pass:
         """bool [B] on the CPU: rows that the gate of `part` opens for; None before it decides."""
         return None if self.conversation is None else self.conversation.decisions.get(part.key)
 
+    def decide(
+        self, part: Intervention, rows_open: torch.Tensor, inside: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hold what a gate decides on rows whose last prompt token is in this pass.
+
+        A row is decided on once a turn: without a cache each pass runs its prompt again.
+
+        Args:
+            part: the gated intervention.
+            rows_open: bool [B] on the CPU, rows that the gate opens for.
+            inside: bool [B] on the CPU, rows whose last prompt token is in this pass.
+
+        Returns:
+            Rows that were decided on in this pass, and all that are open, bool [B] each.
+        """
+        conversation = self.conversation
+        assert conversation is not None
+        nothing = torch.zeros_like(inside)
+        decided = conversation.decided.get(part.key, nothing)
+        fresh = inside & ~decided
+        held = torch.where(fresh, rows_open, conversation.decisions.get(part.key, nothing))
+        conversation.decided = {**conversation.decided, part.key: decided | inside}
+        conversation.decisions = {**conversation.decisions, part.key: held}
+        return fresh, held
+
     def open_counts(self, part: Intervention) -> list[int]:
         """Number of tokens of each row at the positions of a gated intervention, 0 where its gate
         is closed.

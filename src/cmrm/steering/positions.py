@@ -48,6 +48,8 @@ class Conversation:
     decisions: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     """bool [B] on the CPU by the key of a gated intervention: rows whose gate is open in this turn.
     Replaced when a gate decides, never changed in place."""
+    decided: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """bool [B] on the CPU by the same key: rows that it has decided on in this turn."""
     decoding: object | None = field(default=None, repr=False)
     """What the tracker keeps between passes of one generated token each."""
 
@@ -76,11 +78,11 @@ class Conversation:
             name: None if tensor is None else tensor.repeat_interleave(times, dim=0)
             for name, tensor in tensors.items()
         }
-        decisions = {
-            key: rows_open.repeat_interleave(times, dim=0)
-            for key, rows_open in self.decisions.items()
+        by_key = {
+            name: {key: each.repeat_interleave(times, dim=0) for key, each in held.items()}
+            for name, held in (("decisions", self.decisions), ("decided", self.decided))
         }
-        return self.changed(decisions=decisions, **repeated)
+        return self.changed(**by_key, **repeated)
 
 
 @dataclass(frozen=True, eq=False)
