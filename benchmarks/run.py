@@ -10,10 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("extraction", "sample_level", "joint", "decode", "memory", "evaluate", "judges", "peers")
+SCRIPTS = (
+    "extraction", "sample_level", "fill", "joint", "decode", "memory", "evaluate", "judges",
+    "peers",
+)  # fmt: skip
 TARGETS = {
     "extraction_ratio": "<= 0.10",
     "sample_ttft_ratio": "<= 1.12",
+    "fill_ttft_ratio": "<= 1.06",
+    "fill_ttft_ratio_one_row": "<= 1.10",
     "decode_ratio_hooks": ">= 0.98",
     "extraction_memory_growth": "<= 1.05",
     "evaluate_ratio": ">= 0.95",

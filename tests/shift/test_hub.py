@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from cmrm import Sample, ShiftVectors, estimate_shift
+from cmrm import Sample, ShiftVectors, Steering, estimate_shift
 from cmrm.errors import ArtifactError
 from cmrm.model.vlm import VLM
 from cmrm.shift.hub import FILE_NAME, card
@@ -71,3 +73,40 @@ def test_card_says_what_it_is_and_how_to_use_it(shift: ShiftVectors) -> None:
     assert 'ShiftVectors.from_pretrained("me/shift")' in text
     for said in ("alpha 0.2, telescoped", "6, set hash", "blank", "pca", "3 x 32", "refused"):
         assert said in text
+
+
+def test_card_says_what_was_fitted_with_benign_anchors(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", (16, 16), "red")
+    kinds = [
+        [Sample(f"{about}{k}", f"{about} {k}" + "!" * (k % 3), image) for k in range(11)]
+        for about in ("Tell me about number", "Who painted wall")
+    ]
+    gated = Steering(schedule="sequential", gate=True)
+    shift = estimate_shift(vlm, *kinds, recommended=gated)
+    text = card(shift.provenance, shift.recommended, records=shift.records)
+    assert shift.gate is not None
+    for said in (
+        "| benign anchors | 11, set hash",
+        "| fill | the artifact holds the refusal direction",
+        f"| harm gate | reads decoder layer {shift.gate.layers[0]}, AUC ",
+        "| refusal coordinate that the corrupted image takes | ",
+        "| sequential vectors | decoder layers ",
+        "gate: True",
+    ):
+        assert said in text
+    rows = text[text.index("| | |") :].split("\n\n")[0].splitlines()
+    assert all(row.startswith("|") and row.endswith("|") for row in rows)
+    assert "| recommended | nothing: alpha 0" in card(shift.provenance, Steering(0.0))
+    plain = card(replace(shift.provenance, n_benign=0, sequential_layers=()), Steering())
+    assert not any(word in plain for word in ("harm gate", "| fill", "| sequential"))
+    uploaded: list[str] = []
+
+    def push(repo_id: str, save: Any, text: str, **options: Any) -> str:
+        uploaded.append(text)
+        return ""
+
+    monkeypatch.setattr("cmrm.shift.hub.push", push)
+    shift.push_to_hub("me/shift")
+    assert "harm gate" in uploaded[0]

@@ -24,6 +24,7 @@ from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Condition, build_request
 from cmrm.shift.capture import capture_inputs
 from cmrm.shift.moments import SKETCH
+from cmrm.shift.packing import Row
 from cmrm.shift.summary import Summary
 from families import FAMILIES
 
@@ -173,7 +174,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_layer(vlm: VLM, tmp_path: Path)
     assert again.sequential is not None
     assert torch.equal(again.sequential, whole)
     assert sum(ticks) == 2 * 12 + 3 * 12, "what was done is counted"
-    assert ticks[-4:] == [12 + 8, 4, *[4] * 2] or 12 + 8 in ticks, "and not run again"
+    assert 12 + 8 in ticks, "at once, and is not run again"
 
 
 def test_a_checkpoint_of_another_run_is_refused(vlm: VLM, tmp_path: Path) -> None:
@@ -221,7 +222,8 @@ def test_one_prefix_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watched(cmrm.shift.sequential._Passes):
         def __call__(self, batch: Any, steps: Any) -> torch.Tensor:
             found = super().__call__(batch, steps)
-            held.append(len({id(part.cache) for part in self._prepared.values()}))
+            parts = [part for row in self._prepared.values() for part in row]
+            held.append(len({id(getattr(part, "part", part).cache) for part in parts}))
             return found
 
     monkeypatch.setattr(cmrm.shift.sequential, "_Passes", Watched)
@@ -231,6 +233,26 @@ def test_one_prefix_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert whole is not None
     assert torch.allclose(found, whole, atol=1e-4)
+
+
+def test_beyond_the_room_for_keys_and_values_whole_texts_are_run(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = estimate_shift(vlm, some(30), recommended=SEQUENTIAL, batch_size=4).sequential
+    monkeypatch.setattr(cmrm.shift.sequential, "MOST_BYTES", 0)
+    rows: list[int] = []
+    again = cmrm.shift.sequential._Passes._again
+
+    def watched(self: Any, part: Any, steps: Any) -> torch.Tensor:
+        rows.append(isinstance(part, Row))
+        return again(self, part, steps)
+
+    monkeypatch.setattr(cmrm.shift.sequential._Passes, "_again", watched)
+    whole = estimate_shift(vlm, some(30), recommended=SEQUENTIAL, batch_size=4).sequential
+    assert 0 < sum(rows) < len(rows)
+    assert kept is not None
+    assert whole is not None
+    assert torch.allclose(kept, whole, atol=1e-4)
 
 
 def test_mixed_anchors_are_those_of_the_union(vlm: VLM) -> None:
@@ -247,8 +269,7 @@ def test_mixed_anchors_are_those_of_the_union(vlm: VLM) -> None:
     assert torch.allclose(apart.vectors, alone.vectors, atol=1e-4)
     assert not torch.allclose(apart.vectors, mixed.vectors, atol=1e-3)
     assert apart.provenance.benign_share == 0
-    for name in ("direction",):
-        assert torch.allclose(apart.others[name], mixed.others[name], atol=1e-4)
+    assert torch.allclose(apart.others["direction"], mixed.others["direction"], atol=1e-4)
 
 
 def test_a_gated_setting_estimates_the_layers_above_the_gate(vlm: VLM) -> None:
@@ -331,6 +352,8 @@ def test_the_demo_is_met_within_its_rounding() -> None:
     shift = estimate_shift(demo, samples, recommended=SEQUENTIAL, batch_size=8)
     text, blank = (means(demo, samples, c) for c in (Condition.QUERY, Condition.BLANK))
     found = steered_means(demo, samples, shift, SEQUENTIAL)
-    rounding = 2**-8 * text.norm(dim=-1)
-    assert bool(((found - text).norm(dim=-1) <= rounding).all())
-    assert float(distances(found, text, blank).median()) < 0.1
+    away = distances(found, text, blank)
+    # bfloat16 has 8 bits, and errors of one layer are carried to the next: 5 % at most was measured
+    assert float(away.max()) <= 0.08
+    telescoped = distances(steered_means(demo, samples, shift, Steering()), text, blank)
+    assert float(telescoped.max()) > 0.5, "to first order alone"

@@ -355,7 +355,7 @@ class ShiftVectors:
         """
         from cmrm.shift.hub import card, push
 
-        text = card(self.provenance, self.recommended, repo_id=repo_id)
+        text = card(self.provenance, self.recommended, repo_id=repo_id, records=self.records)
         return push(repo_id, self.save, text, private=private, token=token, message=commit_message)
 
     def check(self, vlm: VLM) -> None:

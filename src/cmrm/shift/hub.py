@@ -4,8 +4,9 @@ card."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cmrm.errors import ArtifactError
 from cmrm.shift.provenance import Provenance
@@ -14,9 +15,18 @@ from cmrm.steering.setting import Steering
 FILE_NAME = "shift.safetensors"
 
 
-def card(made: Provenance, use: Steering, *, repo_id: str | None = None) -> str:
+def card(
+    made: Provenance,
+    use: Steering,
+    *,
+    repo_id: str | None = None,
+    records: Mapping[str, Any] | None = None,
+) -> str:
     """README.md of a hub repository: YAML header, what the artifact is, provenance, recommended
-    use, limits."""
+    use, limits.
+
+    `records`: how well what was fitted on harmful and benign anchors does (`Artifact.records`).
+    """
     from huggingface_hub import ModelCardData
 
     on_hub = made.model_id.count("/") == 1
@@ -30,6 +40,9 @@ def card(made: Provenance, use: Steering, *, repo_id: str | None = None) -> str:
         f"operator {use.operator}, alpha {use.alpha}, {use.schedule}, positions {use.positions}, "
         f"layers {layers}, norm kept: {use.preserve_norm}, gate: {use.gate}"
     )
+    if use.alpha == 0:
+        recommended = "nothing: alpha 0, which leaves the model as it is"
+    fitted = "".join(f"| {name} | {said} |\n" for name, said in _fitted(made, records or {}))
     explained = f"{min(made.explained_ratio):.2f} to {max(made.explained_ratio):.2f}"
     source = repo_id or "FOLDER"
     model = made.model_id if on_hub else "FOLDER_OF_THE_MODEL"
@@ -61,13 +74,37 @@ replies = generate(vlm, samples, shift=shift)
 | estimator | {made.estimator} |
 | norm, first to last layer | {made.norms[0]:.4g} to {made.norms[-1]:.4g} |
 | explained ratio, lowest to highest | {explained} |
-| recommended | {recommended} |
+{fitted}| recommended | {recommended} |
 | versions | {", ".join(f"{k} {v}" for k, v in made.versions.items())} |
 
 {made.licence_note} Measure unsafe rate, over-refusal and utility on your own data before you rely
 on it:
 `cmrm diagnose {model} --data SET --shift {FILE_NAME}`.
 """
+
+
+def _fitted(made: Provenance, records: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rows of the card's table on what was fitted with benign anchors; none without them."""
+    if made.n_benign:
+        yield "benign anchors", f"{made.n_benign}, set hash {made.benign_hash[:12]}"
+        yield "fill", "the artifact holds the refusal direction: `Steering(operator='fill')`"
+    if made.benign_share:
+        yield "mixed anchors", f"{made.benign_share:.0%} of those of the shift are benign"
+    if made.sequential_layers:
+        yield "sequential vectors", f"decoder layers {', '.join(map(str, made.sequential_layers))}"
+    gate, gap = records.get("gate"), records.get("gap")
+    if gate is not None:
+        yield (
+            "harm gate",
+            f"reads decoder layer {gate['layer']}, AUC {gate['auc'][gate['layer']]:.2f}, "
+            f"{gate['false_alarms']:.0%} false alarms and {gate['recall']:.0%} recall on held-out "
+            "anchors: `Steering(gate=True)`",
+        )
+    if gap is not None:
+        yield (
+            "refusal coordinate that the corrupted image takes",
+            f"{gap['lost']:.0%} ({gap['low']:.0%} to {gap['high']:.0%})",
+        )
 
 
 def push(

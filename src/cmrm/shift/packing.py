@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,76 @@ def packed_states(
         for (k, _), state in zip(row, states_of_row, strict=True):
             states[k].append(state)
     return [torch.stack(of_part) for of_part in states]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Continuations of one prefix that were run packed into one row, and what they left."""
+
+    part: Continuations
+    """The prefix with the row's continuations."""
+    cache: Any
+    """Keys and values of the prefix and, behind it, of the row's tokens."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of keys and values."""
+        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def rows_of(part: Continuations) -> list[Continuations]:
+    """The same continuations, split so that each part is one row."""
+    least = max(LEAST_TOKENS, part.length)
+    rows: list[list[dict[str, torch.Tensor]]] = []
+    size = 0
+    for tokens in part.tokens:
+        length = len(tokens["input_ids"])
+        if not rows or size + length > least:
+            rows.append([])
+            size = 0
+        rows[-1].append(tokens)
+        size += length
+    return [replace(part, tokens=tuple(tokens)) for tokens in rows]
+
+
+def last_token_states(
+    vlm: VLM, backbone: Callable[..., Any], row: Row, steps: Steps | None
+) -> torch.Tensor:
+    """States float32 [N, L, d] at the last token of each continuation, with `steps` added on the
+    way; those last tokens alone are run, on the keys and values of all others.
+
+    Exact where a token's keys and values depend on no later token, which is what a shared prefix
+    is tested for (`prefix.SharedPrefix`).
+    """
+    part, device, dtype = row.part, vlm.device, vlm.model.dtype
+    lengths = [len(tokens["input_ids"]) for tokens in part.tokens]
+    n, past, width = len(lengths), part.length, sum(lengths)
+    hidden = torch.finfo(dtype).min
+    mask = torch.full((1, 1, n, past + width + n), hidden, dtype=dtype, device=device)
+    mask[..., :past] = 0
+    at = past
+    for k, length in enumerate(lengths):
+        mask[..., k, at : at + length - 1] = 0
+        mask[..., k, past + width + k] = 0
+        at += length
+    positions = torch.tensor(lengths, device=device) + (past - 1)
+    if part.offset is not None:
+        positions = positions + part.offset.to(device).flatten()[0]
+    position_ids = positions[None]
+    if part.offset is not None:
+        position_ids = position_ids.expand(3, 1, -1)
+    inputs = {
+        name: torch.cat([tokens[name][-1:] for tokens in part.tokens])[None].to(device)
+        for name in part.tokens[0]
+    }
+    places = torch.arange(n, device=device)
+    used = expanded(row.cache, 1)
+    with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
+        backbone(
+            **inputs, **with_cache(backbone, used), attention_mask=mask, position_ids=position_ids
+        )
+    return hooks.states()
 
 
 def _one_row(

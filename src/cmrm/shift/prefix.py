@@ -31,7 +31,9 @@ from cmrm.shift.capture import StateHooks, Steps, capture_inputs
 from cmrm.shift.packing import (
     Continuations,
     Kept,
+    Row,
     expanded,
+    last_token_states,
     not_packable,
     packed_states,
     window_of,
@@ -359,6 +361,18 @@ class SharedPrefix:
         """States float32 [N, L, d] of continuations that `continuations` gave, run once more."""
         self._set_offsets(part.offset)
         return packed_states(self.vlm, self.backbone, [part], steps=steps)[0]
+
+    def row(self, part: Continuations) -> Row:
+        """Run continuations that fit into one row, and keep what they leave."""
+        self._set_offsets(part.offset)
+        used: list[Any] = []
+        packed_states(self.vlm, self.backbone, [part], keep=used)
+        return Row(part, used[0])
+
+    def last_tokens(self, row: Row, steps: Steps) -> torch.Tensor:
+        """States float32 [N, L, d] of a row's continuations; their last tokens alone are run."""
+        self._set_offsets(row.part.offset)
+        return last_token_states(self.vlm, self.backbone, row, steps)
 
     def _packed(self, encoded: list[Encoded], steps: Steps | None = None) -> torch.Tensor:
         used: list[Any] | None = [] if len(encoded) == 1 and steps is None else None

@@ -5,8 +5,10 @@ corrupted-image state with the deltas of all lower chosen layers added. With alp
 mean state equals the text mean at every chosen layer exactly, not to first order as under
 `telescoped` (closed-loop estimation, as in JRS-Rem, arXiv 2603.17372, and MARS, arXiv 2606.31876).
 
-Only the last prompt token is moved, so each layer costs one pass over the anchors' texts behind the
-cached prefix, which ends at that layer. Memory does not grow with the number of anchors.
+Only the last prompt token is moved. Each layer costs one pass over the anchors' last tokens, on the
+keys and values of what stands before them, and the pass ends at that layer. Of anchors beyond
+`MOST_BYTES` of keys and values the whole text behind the cached prefix is run, so memory does not
+grow with their number.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,9 +27,12 @@ from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.capture import Steps, capture_inputs
 from cmrm.shift.checkpoint import read_state, write_state
-from cmrm.shift.packing import Continuations
+from cmrm.shift.packing import Continuations, Row, rows_of
 from cmrm.shift.prefix import SharedPrefix
 from cmrm.shift.processes import process, total_over_processes
+
+MOST_BYTES = 2**30
+"""Keys and values of anchors' texts that are kept between the layers' passes."""
 
 
 def sequential_vectors(
@@ -120,7 +126,9 @@ class _Passes:
         self.vlm = vlm
         self.runner = runner
         self.corrupted = corrupted
-        self._prepared: dict[tuple[int, ...], Continuations] = {}
+        self._prepared: dict[tuple[int, ...], list[Continuations | Row]] = {}
+        self._cache: Any = None
+        self._bytes = 0
 
     def __call__(self, batch: Sequence[Sample], steps: Steps) -> torch.Tensor:
         """States float32 [B, until + 1, d] of a batch."""
@@ -130,13 +138,29 @@ class _Passes:
             return capture_inputs(self.vlm, encode(self.vlm, requests), steps)
         with self.vlm.lock, torch.inference_mode():
             if key in self._prepared:
-                return runner.packed(self._prepared[key], steps)
+                return torch.cat([self._again(part, steps) for part in self._prepared[key]])
             requests = [self.corrupted(sample) for sample in batch]
             encoded = runner.encoded(requests)
             if not runner.packs(encoded):
                 return runner.run(requests, encoded, steps)
             part = runner.continuations(encoded)
-            if any(kept.cache is not part.cache for kept in self._prepared.values()):
-                self._prepared.clear()  # keys and values of one prefix alone are held
-            self._prepared[key] = part
-            return runner.packed(part, steps)
+            if self._cache is not part.cache:  # keys and values of one prefix alone are held
+                self._prepared.clear()
+                self._cache, self._bytes = part.cache, 0
+            self._prepared[key] = [self._kept(runner, row) for row in rows_of(part)]
+            return torch.cat([self._again(part, steps) for part in self._prepared[key]])
+
+    def _kept(self, runner: SharedPrefix, part: Continuations) -> Continuations | Row:
+        """What later passes run again: the last tokens alone while there is room for the keys and
+        values of the others, all of them beyond it."""
+        if self._bytes > MOST_BYTES:
+            return part
+        row = runner.row(part)
+        self._bytes += row.size
+        return row
+
+    def _again(self, part: Continuations | Row, steps: Steps) -> torch.Tensor:
+        assert self.runner is not None
+        if isinstance(part, Row):
+            return self.runner.last_tokens(part, steps)
+        return self.runner.packed(part, steps)
