@@ -98,8 +98,9 @@ def test_changed_numbers_of_a_gate_are_refused(tmp_path: Path, change: dict[str,
 @pytest.mark.parametrize("name", ["gate.vectors", "gate.metric", "sequential", "direction"])
 def test_changed_tensors_are_refused(tmp_path: Path, name: str) -> None:
     content, tensors = parts(whole(metric=True).save(tmp_path / "a.safetensors"))
-    for change in (lambda t: t + 0.5, lambda t: t.flip(0), lambda t: t.reshape(-1)):
-        other = {**tensors, name: change(tensors[name])}
+    tensor = tensors[name]
+    for changed in (tensor + 0.5, tensor.flip(0), tensor.reshape(-1)):
+        other = {**tensors, name: changed}
         with pytest.raises(ArtifactError, match="does not match its digest"):
             Artifact.load(written(tmp_path / "b.safetensors", content, other))
     without = {key: tensor for key, tensor in tensors.items() if key != name}

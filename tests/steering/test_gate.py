@@ -72,10 +72,9 @@ def no_gradients() -> Any:
         yield
 
 
-def reply(model: VLM, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+def reply(model: VLM, inputs: dict[str, Any], **options: Any) -> Any:
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
-    out: torch.Tensor = model.model.generate(**inputs, **settings)
-    return out
+    return model.model.generate(**inputs, **settings)
 
 
 def logits(model: VLM, inputs: dict[str, Any]) -> torch.Tensor:
@@ -282,6 +281,28 @@ def test_two_threads_with_gates_of_their_own(model: VLM) -> None:
         thread.join(120)
     assert torch.equal(results[1], plain[1])
     assert not torch.allclose(results[0], plain[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_guidance_decides_for_its_own_branch_alone(model: VLM, is_open: bool) -> None:
+    image, text = encode(model, [BATCH[0]]), encode(model, [BATCH[2]])
+    part = gated(model, ALWAYS if is_open else NEVER)
+    options: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    guided = {"guidance_scale": 1.5, "negative_prompt_ids": text["input_ids"]}
+    with intervene(model, part) as session:
+        found = reply(model, image, **options, **guided)
+        assert (session.rows_decided, session.rows_open) == (1, int(is_open))
+        new = found.sequences[:, image["input_ids"].shape[1] :]
+        out = model.model(**image, use_cache=True)
+        forced = [out.logits[:, -1]]
+        for k in range(new.shape[1] - 1):
+            behind = with_cache(model.model, cache_of(out))
+            out = model.model(input_ids=new[:, k : k + 1], **behind)
+            forced.append(out.logits[:, -1])
+    for branch, expected in zip(found.logits, forced, strict=True):
+        assert torch.allclose(branch, expected, atol=1e-4)
+    if not is_open:
+        assert torch.equal(found.sequences, reply(model, image, **guided))
 
 
 def test_a_streamer_gets_what_is_returned(model: VLM, threshold: float) -> None:

@@ -126,8 +126,13 @@ class CmrmDataset(_Steered):
         self._take(shift)
 
     def _take(self, shift: ShiftVectors) -> None:
-        self.state = {"vectors": shift.vectors, **shift.others}
-        self.gate, self.records = shift.gate, dict(shift.records)
+        """Hold what the setting uses, and nothing that its replies do not depend on."""
+        used = {"sequential": self.steering.kind == "sequential"}
+        used["direction"] = self.steering.operator == "fill"
+        others = {name: tensor for name, tensor in shift.others.items() if used.get(name, False)}
+        self.state = {"vectors": shift.vectors, **others}
+        self.gate = shift.gate if self.steering.gate else None
+        self.records = dict(shift.records) if used["direction"] or self.steering.gate else {}
 
     def intervene(
         self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
