@@ -48,7 +48,8 @@ def evaluate(
         str,
         typer.Option(
             help="Comma list of `cmrm defenses`, all, variants (cmrm_dataset@paper), or stacks: "
-            "adashield_s+cmrm_dataset. The demo VLM brings cmrm_dataset@demo, cmrm_sample@demo."
+            "adashield_s+cmrm_dataset. The demo VLM brings cmrm_dataset@demo, cmrm_sample@demo, "
+            "cmrm_gated@demo."
         ),
     ] = "none",
     settings: Annotated[

@@ -29,12 +29,25 @@ def demo_variants(model: str) -> dict[str, dict[str, Any]]:
     """Settings of the variants that the demo VLM brings, tuned for it; none for another model."""
     if model != c.DEMO:
         return {}
-    from cmrm.demo.settings import CORRUPTION, DATASET_STEERING, ESTIMATOR, SAMPLE_STEERING
+    from cmrm.demo.settings import (
+        CORRUPTION,
+        DATASET_STEERING,
+        ESTIMATOR,
+        FALSE_ALARMS,
+        GATED_STEERING,
+        SAMPLE_STEERING,
+    )
 
     level = {"corruption": CORRUPTION}
     return {
         "cmrm_dataset@demo": {**DATASET_STEERING.to_json(), **level, "estimator": ESTIMATOR},
         "cmrm_sample@demo": {**SAMPLE_STEERING.to_json(), **level},
+        "cmrm_gated@demo": {
+            **GATED_STEERING.to_json(),
+            **level,
+            "estimator": ESTIMATOR,
+            "false_alarms": FALSE_ALARMS,
+        },
     }
 
 
