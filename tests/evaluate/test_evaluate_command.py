@@ -207,14 +207,15 @@ def test_unusable_rows_stop_or_are_skipped(tmp_path: Path, planned: Any) -> None
 
 
 def test_all_settings_are_the_sources_and_the_demos_are_variants(planned: Any) -> None:
-    from cmrm.demo.settings import DATASET_STEERING, SAMPLE_STEERING
+    from cmrm.demo.settings import DATASET_STEERING, GATED_STEERING, SAMPLE_STEERING
 
     plan = planned("demo", "--sets", "demo", "--defenses", "all", "--limit", 1)
-    variants = ("cmrm_dataset@demo", "cmrm_sample@demo")
+    variants = ("cmrm_dataset@demo", "cmrm_sample@demo", "cmrm_gated@demo")
     assert plan.all_defenses == (*defense_names(), *variants)
     assert set(plan.settings) == set(variants), "no other defence has a setting of its own"
     steering = {name: plan.defense(name).steering for name in variants}
-    assert steering == dict(zip(variants, (DATASET_STEERING, SAMPLE_STEERING), strict=True))
+    own = (DATASET_STEERING, SAMPLE_STEERING, GATED_STEERING)
+    assert steering == dict(zip(variants, own, strict=True))
     for name in ("cmrm_dataset", "cmrm_sample"):
         settings = plan.defense(name).settings
         assert (settings["alpha"], settings["layers"]) == (1.0, None)
