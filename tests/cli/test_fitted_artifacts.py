@@ -117,6 +117,9 @@ def test_false_alarms_move_the_gate(checkpoint: str, image: Path, fitted: Path) 
     output(*command, "--gate", "--alpha", 1, "--false-alarms", 0.2)
     assert "are recorded for false alarms of" in refused(*command, "--false-alarms", 0.07)
     assert "between 0 and 1" in refused(*command, "--false-alarms", 2)
+    assert "the setting has none; add --gate" in refused(
+        *command, "--no-gate", "--false-alarms", 0.2
+    )
 
 
 def test_a_recommendation_of_nothing_is_said(

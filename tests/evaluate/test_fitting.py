@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("inspect_ai", reason="evaluation needs the extra `eval`")
 
 from cmrm import Sample, estimate_shift, generate
-from cmrm.defenses import FitData
+from cmrm.defenses import FitData, make_defense
 from cmrm.defenses.cmrm import CmrmDataset
 from cmrm.engines.base import Engine
 from cmrm.errors import ArtifactError, InputError
@@ -175,6 +176,30 @@ def test_variants_of_a_gated_defence_share_the_gate(checkpoint: str, tmp_path: P
     assert first is not None
     assert second is not None
     assert first.key == second.key
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "harmful", "benign"),
+    [
+        ("cmrm_dataset", {}, ["harmful", "more"], None),
+        ("cmrm_dataset", {"mixed": True}, ["harmful"], ["benign", "more"]),
+        ("cmrm_fill", {}, ["harmful"], ["benign"]),
+        ("cmrm_gated", {}, ["harmful"], ["benign"]),
+    ],
+)
+def test_further_anchors_are_never_taken_for_harmful_ones(
+    name: str, settings: dict[str, Any], harmful: list[str], benign: list[str] | None
+) -> None:
+    """Direction and gate would learn that questions of a utility set are harmful."""
+    data = FitData(many("harmful"), many("benign"), more=many("more"))
+    part = make_defense(name, {name: settings})
+    assert isinstance(part, CmrmDataset)
+    first, second = part.anchors_of(data)
+    kinds = {"harmful": data.harmful, "benign": data.benign, "more": data.more}
+    assert list(first) == [sample for kind in harmful for sample in kinds[kind]]
+    assert (None if second is None else list(second)) == (
+        None if benign is None else [sample for kind in benign for sample in kinds[kind]]
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def generate(
         if false_alarms is not None:
             vectors = vectors.with_false_alarms(false_alarms)
         setting = settled(vectors, setting)
+        if false_alarms is not None and not setting.gate:
+            raise InputError(
+                "--false-alarms moves the threshold of the gate, and the setting has none; add "
+                "--gate, or leave it out"
+            )
         print_nothing_recommended(vectors, {"--shift": setting})
     vlm = c.open_model(
         model,

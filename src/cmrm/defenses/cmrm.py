@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from cmrm.defenses.base import Defense, FitData, typed
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
+from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import Provenance, ShiftVectors
 from cmrm.shift.estimate import Estimator, SampleLevel, check_estimator
 from cmrm.shift.harm_gate import FALSE_ALARMS, check_false_alarms
@@ -96,12 +97,24 @@ class CmrmDataset(_Steered):
         steering = replace(self.steering, alpha=1.0)
         return (*made, self.false_alarms, self.gate_kind, steering)
 
+    def anchors_of(self, data: FitData) -> tuple[Sequence[Sample], Sequence[Sample] | None]:
+        """Anchors of the estimate, and benign ones; None where the setting asks for none."""
+        if not self.needs_benign:
+            return data.shifted, None
+        return data.harmful, (*data.benign, *data.more) if self.mixed else data.benign
+
     def fit(self, engine: Engine, data: FitData) -> None:
         """`shift.estimate.estimate_shift` on the harmful anchors, and those that are added to
-        them; on the benign ones too where the setting asks for them."""
+        them (`FitData.more`).
+
+        Where the setting asks for benign anchors, direction and gate tell them from the harmful
+        ones alone: `more` then counts among the benign ones under `mixed`, and is left out
+        without it.
+        """
+        anchors, benign = self.anchors_of(data)
         shift = engine.estimate_shift(
-            data.shifted,
-            benign=data.benign if self.needs_benign else None,
+            anchors,
+            benign=benign,
             estimator=self.estimator,
             corruption=self.level.corruption,
             seed=self.level.seed,

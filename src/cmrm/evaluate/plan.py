@@ -84,7 +84,8 @@ class Plan:
         if self.anchors is None or not part.fits_on_images or self.takes_shift(part):
             return
         if isinstance(part, CmrmDataset) and part.needs_benign:
-            check_anchors(self.anchors.shifted, self.anchors.benign)
+            anchors, benign = part.anchors_of(self.anchors)
+            check_anchors(anchors, benign or ())
         blind = [sample.id for sample in self.anchors.shifted if sample.image is None]
         if blind:
             raise InputError(

@@ -200,11 +200,18 @@ def last_token_states(
         for name in part.tokens[0]
     }
     places = torch.arange(n, device=device)
-    used = expanded(row.cache, 1)
-    with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
-        backbone(
-            **inputs, **with_cache(backbone, used), attention_mask=mask, position_ids=position_ids
-        )
+    token = PROMPTS_IN_ROW.set(n)
+    try:
+        used = expanded(row.cache, 1)
+        with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
+            backbone(
+                **inputs,
+                **with_cache(backbone, used),
+                attention_mask=mask,
+                position_ids=position_ids,
+            )
+    finally:
+        PROMPTS_IN_ROW.reset(token)
     return hooks.states()
 
 

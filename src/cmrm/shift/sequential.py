@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cmrm.model.batching import in_batches
+from cmrm.model.batching import in_batches, out_of_memory
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
@@ -29,7 +29,7 @@ from cmrm.shift.capture import Steps, capture_inputs
 from cmrm.shift.checkpoint import read_state, write_state
 from cmrm.shift.packing import Continuations, Row, rows_of
 from cmrm.shift.prefix import SharedPrefix
-from cmrm.shift.processes import process, total_over_processes
+from cmrm.shift.processes import gathered, process, total_over_processes
 
 MOST_BYTES = 2**30
 """Keys and values of anchors' texts that are kept between the layers' passes."""
@@ -79,6 +79,10 @@ def sequential_vectors(
         tensors = stored[1]
         deltas, total = tensors["deltas"].clone(), tensors["total"].clone()
         finished, seen = (int(value) for value in tensors["progress"])
+    common = min(gathered(finished))
+    if finished > common:  # this process wrote later than another one: all go on with one layer
+        finished, seen = common, 0
+        total = torch.zeros_like(total)
     written = time.monotonic()
 
     def record() -> None:
@@ -136,7 +140,19 @@ class _Passes:
         if runner is None:
             requests = [self.corrupted(sample) for sample in batch]
             return capture_inputs(self.vlm, encode(self.vlm, requests), steps)
-        with self.vlm.lock, torch.inference_mode():
+        try:
+            return self._behind_the_prefix(runner, batch, key, steps)
+        except RuntimeError as error:
+            if out_of_memory(error):  # nothing is held from here on, and the batch is run again
+                self._prepared.clear()
+                self._bytes = MOST_BYTES + 1
+            raise
+
+    @torch.inference_mode()
+    def _behind_the_prefix(
+        self, runner: SharedPrefix, batch: Sequence[Sample], key: tuple[int, ...], steps: Steps
+    ) -> torch.Tensor:
+        with self.vlm.lock:
             if key in self._prepared:
                 return torch.cat([self._again(part, steps) for part in self._prepared[key]])
             requests = [self.corrupted(sample) for sample in batch]

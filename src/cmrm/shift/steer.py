@@ -43,7 +43,8 @@ def steer(
         has_image: which rows hold an image. None: read from each prompt's `input_ids`; needed where
             the model is called with `inputs_embeds`, or with a KV cache that was filled elsewhere.
         requests: what the batch inside the block asks, row by row; `fill` alone needs it, and runs
-            each once as text before the block begins.
+            each once as text before the block begins. Another turn asks something else: open a
+            block of its own for it.
 
     Raises:
         ArtifactError: the artifact belongs to another model.

@@ -285,11 +285,23 @@ class Classifier:
 
 
 def _cropped(known: Conversation, start: int) -> Conversation:
-    """The conversation after its cache was cut to `start` columns."""
+    """The conversation after its cache was cut to `start` columns.
+
+    What gates decided holds in rows whose last prompt token is left.
+    """
     first = torch.where(known.first_image < start, known.first_image, NOWHERE)
     gate = known.gate & (first != NOWHERE) if known.images_seen else known.gate
     last_image = known.last_image.clamp(max=start - 1)
-    return known.changed(length=start, gate=gate, last_image=last_image, first_image=first)
+    left = (known.last_prompt < start).cpu()
+    decided = {key: rows & left for key, rows in known.decided.items()} if left.any() else {}
+    return known.changed(
+        length=start,
+        gate=gate,
+        last_image=last_image,
+        first_image=first,
+        decided=decided,
+        decisions={key: known.decisions[key] & rows for key, rows in decided.items()},
+    )
 
 
 def _gated(conversation: Conversation, has_image: torch.Tensor | None) -> Conversation:
