@@ -62,3 +62,22 @@ def test_keys_and_values_are_dropped_where_memory_runs_out(
     assert kept is not None
     assert again is not None
     assert torch.allclose(again, kept, atol=1e-4)
+
+
+def test_where_last_tokens_disagree_whole_texts_are_run(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"recommended": SEQUENTIAL, "batch_size": 4}
+    kept = estimate_shift(vlm, some(12), **options).sequential
+    run, rows = SharedPrefix.last_tokens, [0]
+
+    def wrong(self: SharedPrefix, row: Row, steps: Any) -> torch.Tensor:
+        rows[0] += 1
+        return run(self, row, steps) + 1.0
+
+    monkeypatch.setattr(SharedPrefix, "last_tokens", wrong)
+    whole = estimate_shift(vlm, some(12), **options).sequential
+    assert rows[0] == 1, "one row is tried, and none of its states is used"
+    assert kept is not None
+    assert whole is not None
+    assert torch.allclose(kept, whole, atol=1e-4)

@@ -138,8 +138,8 @@ def read_state(path: Path, key: str) -> tuple[dict[str, str], dict[str, torch.Te
         return None
     if metadata.get("key") != key:
         raise InputError(
-            f"{path} was written by another run (model, corruption, seed or share); remove it "
-            "to start again"
+            f"{path} was written by another run (model, corruption, seed or share, or with other "
+            "kinds of anchors); remove it to start again"
         )
     return metadata, tensors
 

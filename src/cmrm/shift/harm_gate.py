@@ -169,8 +169,12 @@ def at_false_alarms(gate: Gate, record: GateRecord, share: float) -> tuple[Gate,
     points = {wanted: point for wanted, *point in record.curve}
     if share == record.wanted_false_alarms:
         return gate, record
+    if not points:
+        raise InputError(
+            f"this gate has no recorded thresholds; extract again with --false-alarms {share:g}"
+        )
     if share not in points:
-        known = ", ".join(f"{wanted:g}" for wanted in points) or "none"
+        known = ", ".join(f"{wanted:g}" for wanted in points)
         raise InputError(
             f"the gate's thresholds are recorded for false alarms of {known}, not of {share:g}; "
             "choose one of these, or extract again"

@@ -145,7 +145,7 @@ class Row:
     part: Continuations
     """The prefix with the row's continuations."""
     cache: Any
-    """Keys and values of the prefix and, behind it, of the row's tokens."""
+    """Keys and values of the row's tokens, without those of the prefix."""
 
     @property
     def size(self) -> int:
@@ -202,7 +202,7 @@ def last_token_states(
     places = torch.arange(n, device=device)
     token = PROMPTS_IN_ROW.set(n)
     try:
-        used = expanded(row.cache, 1)
+        used = expanded(side_by_side([part.cache, row.cache]), 1)
         with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
             backbone(
                 **inputs,

@@ -36,6 +36,7 @@ from cmrm.shift.packing import (
     last_token_states,
     not_packable,
     packed_states,
+    spans_of,
     window_of,
 )
 from cmrm.steering.hooks import refuse_inside_steering
@@ -367,7 +368,8 @@ class SharedPrefix:
         self._set_offsets(part.offset)
         used: list[Any] = []
         packed_states(self.vlm, self.backbone, [part], keep=used)
-        return Row(part, used[0])
+        width = sum(len(tokens["input_ids"]) for tokens in part.tokens)
+        return Row(part, spans_of(used[0], [slice(part.length, part.length + width)]))
 
     def last_tokens(self, row: Row, steps: Steps) -> torch.Tensor:
         """States float32 [N, L, d] of a row's continuations; their last tokens alone are run."""

@@ -28,7 +28,7 @@ from cmrm.prompts.sample import Sample
 from cmrm.shift.capture import Steps, capture_inputs
 from cmrm.shift.checkpoint import read_state, write_state
 from cmrm.shift.packing import Continuations, Row, rows_of
-from cmrm.shift.prefix import SharedPrefix
+from cmrm.shift.prefix import SharedPrefix, alike
 from cmrm.shift.processes import gathered, process, total_over_processes
 
 MOST_BYTES = 2**30
@@ -133,6 +133,7 @@ class _Passes:
         self._prepared: dict[tuple[int, ...], list[Continuations | Row]] = {}
         self._cache: Any = None
         self._bytes = 0
+        self._rows: bool | None = None
 
     def __call__(self, batch: Sequence[Sample], steps: Steps) -> torch.Tensor:
         """States float32 [B, until + 1, d] of a batch."""
@@ -168,10 +169,19 @@ class _Passes:
 
     def _kept(self, runner: SharedPrefix, part: Continuations) -> Continuations | Row:
         """What later passes run again: the last tokens alone while there is room for the keys and
-        values of the others, all of them beyond it."""
-        if self._bytes > MOST_BYTES:
+        values of the others, all of them beyond it.
+
+        The first row is run in both ways; where they disagree, whole texts are run from then on.
+        """
+        if self._bytes > MOST_BYTES or self._rows is False:
             return part
         row = runner.row(part)
+        if self._rows is None:
+            states = runner.last_tokens(row, Steps())
+            pairs = zip(states, runner.packed(part), strict=True)
+            self._rows = all(alike(self.vlm, a, b, torch.empty(0)) for a, b in pairs)
+            if not self._rows:
+                return part
         self._bytes += row.size
         return row
 

@@ -275,11 +275,11 @@ class Session:
                 continue
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             states = hidden[rows, places.to(hidden.device)]
-            scores = current.scores.get(part.key)
+            scores = current.scores.get((id(self), which))
             if scores is None:
                 scores = torch.full((hidden.shape[0],), gate.bias)
             scores = scores + gate.weights[place] * gate.layer_score(place, states).cpu()
-            current.scores[part.key] = scores
+            current.scores[id(self), which] = scores
             if layer == gate.layers[-1]:
                 self._decide(part, scores > gate.threshold, inside.cpu(), current, conversation)
 

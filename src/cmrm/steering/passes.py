@@ -32,8 +32,8 @@ class Pass:
     """What it belongs to; None where nothing is steered."""
     addends: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     """What sessions add in such passes, [B, 1, d], by edit."""
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)
-    """float32 [B] on the CPU: what gates have summed up so far, by their interventions' keys."""
+    scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """float32 [B] on the CPU: what gates have summed up so far, by session and intervention."""
     _masks: dict[Positions, torch.Tensor] = field(default_factory=dict)
     _counts: dict[Positions, list[int]] = field(default_factory=dict)
     _factors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
