@@ -10,7 +10,7 @@ results = read_results(out / "results.json")
 cells = {(cell["set"], cell["condition"], cell["defense"]): cell for cell in results["cells"]}
 untouched = [condition for name, condition, defense in cells if (name, defense) == ("demo", "none")]
 assert sorted(untouched) == ["blank", "caption", "noise", "original", "query"]
-for defense in ("none", "cmrm_dataset", "cmrm_sample"):
+for defense in ("none", "cmrm_dataset", "cmrm_sample", "cmrm_fill", "cmrm_gated"):
     assert ("demo", "original", defense) in cells
     assert cells["easy-vqa", "original", defense]["accuracy"]["n"] > 0
 for (name, _, _), cell in cells.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cmrm.prompts.ours import DEMO_PER_CATEGORY, DEMO_QUESTIONS
+from cmrm.prompts.ours import DEMO_PER_CATEGORY
 from cmrm.shift.estimate import Estimator
 from cmrm.steering.setting import Steering
 
@@ -53,7 +53,5 @@ class Budget:
     """Seed of noise and of the draw of questions."""
 
 
-QUICK = Budget(
-    "quick", DEMO_PER_CATEGORY, DEMO_QUESTIONS, sweep_per_category=3, geometry_per_category=4
-)
+QUICK = Budget("quick", DEMO_PER_CATEGORY, 144, sweep_per_category=2, geometry_per_category=4)
 FULL = Budget("full", None, 1440, sweep_per_category=6, geometry_per_category=8, mixed=True)
