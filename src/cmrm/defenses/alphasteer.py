@@ -10,6 +10,7 @@ import torch
 
 from cmrm.defenses.anchors import anchor_states, scaled_layers
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import LayerRange, Real, Space
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
 from cmrm.prompts.conditions import Condition, Request
@@ -82,6 +83,13 @@ class AlphaSteer(Defense):
         """Strength, share, penalty and layers."""
         layers = None if self.layers is None else list(self.layers)
         return {"alpha": self.alpha, "share": self.share, "ridge": self.ridge, "layers": layers}
+
+    def space(self, engine: Engine) -> Space:
+        """Strength, share, penalty and layers."""
+        return (
+            Real("alpha", 0.05, 2.0, log=True), Real("share", 0.3, 0.95),
+            Real("ridge", 0.1, 1000.0, log=True), LayerRange(engine.n_layers - 1),
+        )  # fmt: skip
 
     @property
     def fitted_by(self) -> tuple[object, ...]:

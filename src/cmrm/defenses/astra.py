@@ -8,6 +8,7 @@ from typing import Any
 
 from cmrm.defenses.anchors import anchor_states
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import Real, Space, Whole
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Condition, Request
 from cmrm.steering.intervention import Edit, Intervention
@@ -56,6 +57,10 @@ class Astra(Defense):
     def settings(self) -> dict[str, Any]:
         """Layer and strength."""
         return {"layer": self.layer, "alpha": self.alpha}
+
+    def space(self, engine: Engine) -> Space:
+        """Layer and strength."""
+        return (Whole("layer", 0, engine.n_layers - 1), Real("alpha", 0.5, 40.0, log=True))
 
     @property
     def fitted_by(self) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cmrm.defenses.space import Space
 from cmrm.engines.base import Contrast, Decoding, Engine, EngineError, Reply
 from cmrm.errors import ArtifactError, InputError
 from cmrm.model.batching import in_batches
@@ -85,6 +86,10 @@ class Defense:
 
     def check(self, engine: Engine) -> None:
         """Raise `InputError` where the settings do not suit the model."""
+
+    def space(self, engine: Engine) -> Space:
+        """The settings that can be tuned on this model, with their ranges; none by default."""
+        return ()
 
     @property
     def fitted_by(self) -> tuple[object, ...] | None:

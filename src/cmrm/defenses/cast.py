@@ -7,6 +7,7 @@ from typing import Any
 
 from cmrm.defenses.anchors import anchor_states, scaled_layers
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import LayerRange, Real, Space
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
 from cmrm.prompts.conditions import Condition, Request
@@ -77,6 +78,13 @@ class Cast(Defense):
             "alpha": values["alpha"], "layers": values["layers"],
             "false_alarms": self.false_alarms,
         }  # fmt: skip
+
+    def space(self, engine: Engine) -> Space:
+        """Strength, share of false alarms, and layers above the condition's."""
+        return (
+            Real("alpha", 0.1, 4.0, log=True), Real("false_alarms", 0.01, 0.3, log=True),
+            LayerRange(engine.n_layers - 1, low=1),
+        )  # fmt: skip
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """Behaviour vectors of every layer, and the condition's gate."""

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import Choice, LayerRange, Real, Space
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.artifact import Provenance, ShiftVectors
 from cmrm.shift.estimate import Estimator, SampleLevel, check_estimator
-from cmrm.shift.harm_gate import FALSE_ALARMS, check_false_alarms
+from cmrm.shift.harm_gate import FALSE_ALARMS, RATES, check_false_alarms
 from cmrm.shift.other_gates import FittedGate, check_gate_kind
 from cmrm.shift.resolve import nonzero_layers, resolved
 from cmrm.steering.intervention import Intervention, shift_intervention
@@ -82,6 +83,29 @@ class CmrmDataset(_Steered):
         """Those of the steering, and of the estimate."""
         made = {"estimator": self.estimator, "mixed": self.mixed, "false_alarms": self.false_alarms}
         return {**super().settings, **made, "gate_kind": self.gate_kind}
+
+    def space(self, engine: Engine) -> Space:
+        """What fits to the kind of the setting: strength, and layers, or the share of false alarms
+        where a gate stands below the layers."""
+        gated = self.steering.gate
+        moves: Space = (Choice("false_alarms", RATES),) if gated and self._has_curve else ()
+        if not gated and self.steering.schedule != "sequential":
+            moves = (LayerRange(engine.n_layers - 1),)
+        if self.steering.operator == "fill":
+            return (Real("alpha", 0.25, 2.0, log=True), *moves)
+        if self.steering.schedule == "sequential":
+            mixed: Space = (Choice("mixed", (False, True)),) if self.needs_benign else ()
+            return (Real("alpha", 0.25, 2.0, log=True), *mixed, *moves)
+        positions = ("last", "last_prompt") if gated else ("last", "last_prompt", "all")
+        return (
+            Real("alpha", 0.05, 2.0, log=True), Choice("schedule", ("telescoped", "per_layer")),
+            Choice("positions", positions), Choice("estimator", ("pca", "mean")), *moves,
+        )  # fmt: skip
+
+    @property
+    def _has_curve(self) -> bool:
+        """Whether the gate's thresholds are recorded at several shares of false alarms."""
+        return self.gate_kind == "probe"
 
     @property
     def needs_benign(self) -> bool:
@@ -198,6 +222,13 @@ class CmrmSample(_Steered):
     """Each row by its own shift: two extra passes, on cached prefixes where the model allows it."""
 
     name = "cmrm_sample"
+
+    def space(self, engine: Engine) -> Space:
+        """Strength, schedule, positions and layers."""
+        return (
+            Real("alpha", 0.02, 1.0, log=True), Choice("schedule", ("telescoped", "per_layer")),
+            Choice("positions", ("last", "last_prompt", "all")), LayerRange(engine.n_layers - 1),
+        )  # fmt: skip
 
     def intervene(
         self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]

@@ -8,6 +8,7 @@ from typing import Any
 
 from cmrm.defenses.base import Defense, typed
 from cmrm.defenses.safety_prompt import SAFETY_PROMPT, prompted
+from cmrm.defenses.space import Real, Space
 from cmrm.engines.base import Contrast, Engine
 from cmrm.errors import InputError
 from cmrm.prompts.conditions import Request
@@ -43,6 +44,10 @@ class CoCA(Defense):
     def settings(self) -> dict[str, Any]:
         """Weight and principle."""
         return {"alpha": self.alpha, "principle": self.principle}
+
+    def space(self, engine: Engine) -> Space:
+        """The weight; the principle stays."""
+        return (Real("alpha", 0.25, 6.0, log=True),)
 
     def contrast(self, engine: Engine, requests: Sequence[Request]) -> Contrast | None:
         """The requests under the principle, in rows with an image."""

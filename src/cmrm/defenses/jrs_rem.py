@@ -10,6 +10,7 @@ import torch
 
 from cmrm.defenses.anchors import anchor_states
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import LayerRange, Real, Space
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
 from cmrm.prompts.conditions import Condition, Request
@@ -57,6 +58,10 @@ class JrsRem(Defense):
     def settings(self) -> dict[str, Any]:
         """Threshold and layers."""
         return {"threshold": self.threshold, "layers": self.steering.to_json()["layers"]}
+
+    def space(self, engine: Engine) -> Space:
+        """Threshold and layers."""
+        return (Real("threshold", 0.0, 0.8), LayerRange(engine.n_layers - 1))
 
     @property
     def fitted_by(self) -> tuple[object, ...]:

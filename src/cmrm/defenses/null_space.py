@@ -10,6 +10,7 @@ import torch
 
 from cmrm.defenses.anchors import anchor_states
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import LayerRange, Space, Whole
 from cmrm.engines.base import Engine
 from cmrm.errors import ArtifactError, InputError
 from cmrm.prompts.conditions import Condition, Request
@@ -71,6 +72,11 @@ class NullSpace(Defense):
         """Rank, layers and positions."""
         values = self.steering.to_json()
         return {"rank": self.rank, "layers": values["layers"], "positions": values["positions"]}
+
+    def space(self, engine: Engine) -> Space:
+        """Rank, up to 8, and layers."""
+        rank = Whole("rank", 1, max(1, min(8, engine.hidden_size - 1)))
+        return (rank, LayerRange(engine.n_layers - 1))
 
     @property
     def fitted_by(self) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmrm.defenses.base import Defense, FitData, typed
+from cmrm.defenses.space import Real, Space, Whole
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Request
 from cmrm.shift.direction import refusal_direction
@@ -40,6 +41,15 @@ class RefusalDirection(Defense):
     def settings(self) -> dict[str, Any]:
         """Layer and strength."""
         return {"layer": self.layer, "alpha": self.alpha}
+
+    def space(self, engine: Engine) -> Space:
+        """Layer and strength."""
+        return (Whole("layer", 0, engine.n_layers - 1), Real("alpha", 0.1, 4.0, log=True))
+
+    @property
+    def fitted_by(self) -> tuple[object, ...]:
+        """Nothing: every layer's direction is fitted."""
+        return ()
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """The refusal direction of every layer."""

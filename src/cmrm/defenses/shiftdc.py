@@ -11,6 +11,7 @@ import torch
 from cmrm.defenses.anchors import scaled_layers
 from cmrm.defenses.base import Defense, FitData, typed
 from cmrm.defenses.caption import captioned
+from cmrm.defenses.space import Choice, Space, Whole
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
 from cmrm.prompts.conditions import Request
@@ -58,6 +59,11 @@ class ShiftDC(Defense):
     def settings(self) -> dict[str, Any]:
         """First layer and positions."""
         return {"first_layer": self.first_layer, "positions": self.positions}
+
+    def space(self, engine: Engine) -> Space:
+        """First layer and positions."""
+        layers = Whole("first_layer", 0, engine.n_layers - 1)
+        return (layers, Choice("positions", ("last_prompt", "last")))
 
     @property
     def fitted_by(self) -> tuple[object, ...]:

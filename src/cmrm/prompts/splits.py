@@ -121,12 +121,17 @@ def refuse_overlap(harmful: Sequence[Sample], benign: Sequence[Sample]) -> None:
         )
 
 
-def refuse_leaks(anchors: Sequence[Sample], tested: Sequence[Sample]) -> None:
+def refuse_leaks(
+    anchors: Sequence[Sample],
+    tested: Sequence[Sample],
+    *,
+    sides: tuple[str, str] = ("anchors", "the test sets"),
+) -> None:
     """The leakage guard: no anchor may ask what a tested set asks.
 
     An anchor leaks when a tested sample has the same content identity, or the same normalised query
     and that query is a template (`templates`) of neither set. Call it once for each tested set,
-    since what is a template depends on the set.
+    since what is a template depends on the set. `sides`: what the two are called in the message.
 
     Raises:
         InputError: anchors leak (how many, and the first), or an image cannot be opened.
@@ -150,7 +155,7 @@ def refuse_leaks(anchors: Sequence[Sample], tested: Sequence[Sample]) -> None:
     ]
     if leaks:
         raise InputError(
-            f"{len(leaks)} anchors are asked in the test sets too (the first: "
+            f"{len(leaks)} {sides[0]} are asked in {sides[1]} too (the first: "
             f"{shortened(leaks[0].id)!r}); fit on other samples"
         )
 
