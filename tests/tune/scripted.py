@@ -59,7 +59,10 @@ if __name__ == "__main__":
             raise KeyboardInterrupt
         return answer(engine, requests, *args, **more)
 
-    TransformersEngine.answer = ending  # type: ignore[method-assign]
+    import cmrm.tune.run as run_module
+
+    TransformersEngine.answer = ending  # type: ignore[method-assign,assignment]
+    run_module.CANDIDATES, run_module.KEPT = 6, 2
     sys.argv = ["cmrm", *sys.argv[3:]]
     from cmrm.cli.main import run
 

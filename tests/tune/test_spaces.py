@@ -109,7 +109,7 @@ def test_empty_ranges() -> None:
         lambda: Real("a", 1.0, 1.0), lambda: Real("a", 0.0, 1.0, log=True),
         lambda: Whole("a", 2, 1), lambda: LayerRange(0, low=1),
     ):  # fmt: skip
-        with pytest.raises(InputError, match="empty|no layer is left"):
+        with pytest.raises(InputError, match=r"empty|no layer is left"):
             make()
 
 

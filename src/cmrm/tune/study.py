@@ -1,7 +1,7 @@
 """An Optuna study in one SQLite file, bound to what it compares, that any call continues.
 
 A trial is written when it is finished: kill -9 at any moment loses the one that was running, and
-its point is tried again. Its replies are in the store of replies, as far as they were generated.
+it is the next call's first. Its replies are in the store, as far as they were generated.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Study:
             raise InputError(f"{file} cannot be used as a study: {reason}") from None
         self._check(bound)
         self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(self._study.trials))
-        self._recover()
+        self._left = self._left_over()
 
     def _check(self, bound: Mapping[str, str]) -> None:
         stored = self._study.user_attrs.get("bound")
@@ -102,13 +102,10 @@ class Study:
                 "folder with --out"
             )
 
-    def _recover(self) -> None:
-        """Put the trial that a killed call left behind back in the queue."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                origin = trial.user_attrs.get("origin", "search")
-                self._study.enqueue_trial(dict(trial.params), user_attrs={"origin": origin})
+    def _left_over(self) -> list[int]:
+        """Ids of the trials that a killed call left behind."""
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial._trial_id for trial in running]
 
     def get(self, name: str) -> Any:
         """A fact of the whole study; None where it was not stored."""
@@ -121,8 +118,8 @@ class Study:
     def rows(self) -> list[Row]:
         """The trials that are over, by number.
 
-        Those that a killed call left behind, or that repeat another one, failed without a reason;
-        they are left out.
+        Those that repeat another one, or never got a point, failed without a reason; they are left
+        out.
         """
         return [
             Row(trial.number, ENDED[trial.state], tuple(_values(trial)), dict(trial.user_attrs))
@@ -144,7 +141,13 @@ class Study:
             self._study.enqueue_trial(dict(point), user_attrs={"origin": origin})
 
     def ask(self, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
-        """The next trial: a point of the queue, or one of the sampler."""
+        """The next trial: one that a killed call left behind, a point of the queue, or one of the
+        sampler."""
+        while self._left:
+            trial = optuna.Trial(self._study, self._left.pop(0))
+            if set(trial.params) == set(distributions):
+                return trial
+            self._study.tell(trial, state=TrialState.FAIL)  # killed before it had all parameters
         return self._study.ask(dict(distributions))
 
     def tell(
