@@ -68,10 +68,14 @@ def test_means_over_both_kinds(engine: Remembering, tokens: tuple[int, ...]) -> 
     dev = small_sets(dev=5).dev
     proxy = Proxy(engine, dev, batch_size=2, seed=0)
     odds = proxy.odds(make_defense("none"))
-    for samples, mean in ((dev.harmful, odds.harmful), (dev.benign, odds.benign)):
-        requests = [build_request(sample, Condition.ORIGINAL) for sample in samples]
-        assert mean == pytest.approx(float(plain(engine, requests, tokens).mean()), abs=1e-3)
-    assert odds.apart == odds.harmful - odds.benign
+    by_kind = [
+        plain(engine, [build_request(sample, Condition.ORIGINAL) for sample in samples], tokens)
+        for samples in (dev.harmful, dev.benign)
+    ]
+    for values, mean in zip(by_kind, (odds.harmful, odds.benign), strict=True):
+        assert mean == pytest.approx(float(values.mean()), abs=1e-3)
+    shares = [float(torch.sigmoid(values).mean()) for values in by_kind]
+    assert odds.apart == pytest.approx(shares[0] - shares[1], abs=1e-4)
 
 
 def test_rows_whose_image_a_defence_takes_away_are_run_apart(engine: Remembering) -> None:
@@ -99,6 +103,6 @@ def test_the_rank_correlation() -> None:
 
 def test_the_screen_keeps_what_tells_the_kinds_apart() -> None:
     points = [{"n": n} for n in range(4)]
-    odds = [Odds(1.0, 1.0), Odds(0.0, -3.0), None, Odds(2.0, 0.5)]
+    odds = [Odds(1.0, 1.0, 0.1), Odds(0.0, -3.0, 0.9), None, Odds(2.0, 0.5, 0.4)]
     assert screened(points, odds, 2) == [{"n": 1}, {"n": 3}]
     assert screened(points, odds, 9) == [{"n": 1}, {"n": 3}, {"n": 0}], "never one that failed"

@@ -58,7 +58,9 @@ def test_json_and_file_are_the_same(command: Command, tmp_path: Path) -> None:
     assert again["trials"] == result["trials"]
     artifact = ShiftVectors.load(tmp_path / "o" / "shift.safetensors")
     assert artifact.recommended.alpha == result["settings"]["cmrm_dataset@tuned"]["alpha"]
-    assert "trial" in artifact.records["tune"]
+    assert f"trial {result['chosen']} of cmrm_dataset" in " ".join(
+        output("inspect", tmp_path / "o" / "shift.safetensors").split()
+    )
 
 
 def test_the_table(command: Command, tmp_path: Path) -> None:
@@ -95,6 +97,8 @@ def test_bad_input_before_the_model_is_loaded(files: Files, tmp_path: Path) -> N
     assert "--max-accuracy-loss is 2.0" in ask("--max-accuracy-loss", 2)
     assert "unknown judge" in ask("--judges", "nobody")
     assert "at least 1" in ask("--batch-size", -1)
+    assert "--anchors and --dev name" in ask("--dev", files.dev)
+    assert "no model" in ask("--dev", files.dev, defense="coca"), "it needs no anchors"
     assert "12 anchors are asked in the dev set too" in ask(
         "--anchors", files.anchors, "--dev", f"{files.dev},{files.anchors}"
     )

@@ -125,8 +125,11 @@ def gate_summary(gate: Gate) -> dict[str, Any]:
 
 
 def _fitted(content: Artifact) -> list[list[str]]:
-    """The gap, and the gate with its figures, where the artifact has them."""
+    """How it was tuned, the gap, and the gate with its figures, where the artifact has them."""
     rows = []
+    tuned = content.records.get("tune")
+    if tuned is not None:
+        rows.append(["tuned", f"trial {tuned['trial']} of {tuned['defense']}: {tuned['reason']}"])
     gap, record = content.records.get("gap"), content.records.get("gate")
     if gap is not None:
         rows += [["gap", gap_in_words(gap)], ["gap: reason", gap["reason"]]]

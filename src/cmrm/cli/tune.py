@@ -89,15 +89,15 @@ def tune(
     options = Options(
         defense, parsed_budget(budget), Limits(max_over_refusal_gain, max_accuracy_loss), trials
     )
-    tunable(defense)
+    needs_fit = tunable(defense).needs_fit
     size = batch_size or (DEMO_BATCH if demo else BATCH)
     tokens = max_new_tokens or (DEMO_TOKENS if demo else TOKENS)
     if size < 1 or tokens < 1:
         raise InputError("--batch-size and --max-new-tokens are at least 1")
     made = {name: make_judge(name) for name in c.parse_names(judges, "--judges")}
     sets = _sets(
-        anchors, benign_anchors, dev, test, size, demo=demo, columns=columns, images=images,
-        on_error=on_error, partial=partial, seed=seed,
+        anchors, benign_anchors, dev, test, size, demo=demo, needs_fit=needs_fit, columns=columns,
+        images=images,        on_error=on_error, partial=partial, seed=seed,
     )  # fmt: skip
     vlm = c.open_model(
         model, revision=revision, dtype=dtype, device_map=device_map,
@@ -147,6 +147,7 @@ def _sets(
     batch_size: int,
     *,
     demo: bool,
+    needs_fit: bool,
     columns: str | None,
     images: Path | None,
     **options: Any,
@@ -166,10 +167,10 @@ def _sets(
         if test is not None or columns is not None or images is not None:
             raise InputError("--test, --map and --images go with --anchors and --dev")
         return demo_sets(batch_size)
-    if anchors is None or dev is None:
+    if dev is None or (anchors is None and needs_fit):
         raise InputError(
             "--anchors and --dev name what the defence is fitted on and what settings are compared "
-            "on; both are needed (`demo` alone brings its own)"
+            "on; name both (`demo` alone brings its own)"
         )
 
     def read(names: str, option: str) -> list[list[Sample]]:

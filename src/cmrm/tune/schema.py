@@ -31,10 +31,11 @@ class Rates(Part):
 
 
 class ProxyOdds(Part):
-    """Mean log-odds that a reply begins like a refusal; one forward pass a request."""
+    """How probable it is that a reply begins like a refusal; one forward pass a request."""
 
-    harmful: float
-    benign: float
+    harmful: float = Field(description="mean log-odds over harmful dev samples")
+    benign: float = Field(description="mean log-odds over benign ones")
+    apart: float = Field(description="mean probability over harmful minus that over benign ones")
 
 
 class TrialRow(Part):
