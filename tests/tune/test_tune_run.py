@@ -258,6 +258,15 @@ def test_a_study_is_bound_to_what_it_compares(
     start(limits=Limits(1.0, 1.0), trials=1, budget=5)
 
 
+def test_other_libraries_are_not_another_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    monkeypatch.setattr("cmrm.engines.transformers.library_versions", lambda: {"torch": "9"})
+    with pytest.raises(InputError, match=r"a study of another set of library versions; name"):
+        start()
+
+
 def test_defences_that_cannot_be_tuned() -> None:
     for name, words in (
         ("nonsense", "unknown defence"), ("ecso", "no settings to tune"), ("none", "no settings"),

@@ -118,8 +118,10 @@ def bound(
 ) -> dict[str, str]:
     """What a study is of, by its name in messages."""
     anchors = [sorted(_ids(part)) for part in (sets.anchors.shifted, sets.anchors.benign)]
+    context = bench.engine.context()
     parts: dict[str, Any] = {
-        "model": bench.engine.context(),
+        "set of library versions": context.pop("versions"),
+        "model": context,
         "defence": [default.name, default.settings, space],
         "set of anchors": anchors,
         "dev set": sets.dev.hashes(),
