@@ -102,7 +102,9 @@ def test_nothing_is_measured_twice(start: Start, asked: Asked) -> None:
     again = start(trials=4).run()
     assert asked == []
     assert again.rows == first.rows
-    longer = start(trials=5).run()
+    said: list[str] = []
+    longer = start(trials=5, say=said.append).run()
+    assert not any("the proxy" in text for text in said), "points are screened once in a study"
     assert longer.rows[:4] == first.rows
     assert len(longer.rows) == 5
     assert longer.seconds > first.seconds, "the time of all calls counts"
