@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 
-from cmrm import Sample, wrap_vlm
-from cmrm.model.vlm import VLM
-from tiny import tiny_model, tiny_processor
+# Several workers with several threads each starve each other; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+from cmrm import Sample, wrap_vlm  # noqa: E402
+from cmrm.model.vlm import VLM  # noqa: E402
+from tiny import tiny_model, tiny_processor  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
