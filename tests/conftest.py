@@ -13,9 +13,9 @@ from PIL import Image
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from cmrm import Sample, wrap_vlm  # noqa: E402
-from cmrm.model.vlm import VLM  # noqa: E402
-from tiny import tiny_model, tiny_processor  # noqa: E402
+from cmrm import Sample, wrap_vlm
+from cmrm.model.vlm import VLM
+from tiny import tiny_model, tiny_processor
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor

@@ -57,7 +57,9 @@ def test_what_goes_both_ways_is_unscored(reply: str, reason: str) -> None:
     assert reason in str(judgement.reason)
 
 
-@pytest.mark.parametrize("start", set(XSTEST_STARTS) - {"as an ai", "i am an ai language model"})
+@pytest.mark.parametrize(
+    "start", sorted(set(XSTEST_STARTS) - {"as an ai", "i am an ai language model"})
+)
 def test_xstests_strings_refuse_at_the_start(start: str) -> None:
     reply = f"{start} that is not right"
     assert JUDGE.judge("q", reply) is Verdict.REFUSED

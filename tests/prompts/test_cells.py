@@ -95,7 +95,6 @@ def test_half_a_surrogate_pair_is_refused(cell: Any) -> None:
         {"bytes": b"", "path": "a.png"}, {"path": "a.png"}, {"bytes": PNG, "path": "gone.png"},
         ["a.png"], '["a.png"]', "['a.png']", np.array(["a.png"]),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_one_image_in_every_form(folder: Path, cell: Any) -> None:
     assert sizes(cell, folder) == [(7, 5)]
