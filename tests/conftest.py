@@ -67,7 +67,9 @@ def anchors() -> list[Sample]:
 def own_cache(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Tests touch neither the user's data nor the user's cache, except for the demo VLM."""
+    """Tests touch neither the user's data nor the user's cache, except for the demo VLM, and print
+    as wide as into a pipe."""
     monkeypatch.delenv("CMRM_DATA", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
     if request.node.get_closest_marker("demo") is None:
         monkeypatch.setenv("CMRM_CACHE", str(tmp_path))

@@ -134,7 +134,7 @@ def test_tables_of_an_evaluation() -> None:
     agreement = tables.agreement_rows(whole["agreement"]["refusal"])
     assert agreement.rows[0][2] == "0.800 [0.60, 1.00] by construction"
     assert tables.gap_table(whole).rows[0][:3] == ["ecso", "ours", "ensemble"]
-    difference = tables.comparison_table(whole).rows[0][4]
+    difference = tables.comparison_table(whole).rows[0][5]
     assert difference.startswith("-55.6 points [")
 
 
