@@ -100,7 +100,7 @@ class Card(NamedTuple):
     """The judge, and its agreement with people."""
 
 
-MOST_CARDS = 4
+MOST_CARDS = 7
 
 
 def cards(results: Results) -> list[Card]:

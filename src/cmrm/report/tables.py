@@ -19,7 +19,10 @@ LABELS = {
     "other": "another sample's image",
     "none": "untouched",
     "cmrm_dataset": "CMRM dataset level",
+    "cmrm_dataset@mixed": "CMRM dataset level, mixed anchors",
     "cmrm_sample": "CMRM sample level",
+    "cmrm_fill": "CMRM fill",
+    "cmrm_gated": "CMRM gated",
 }
 """Words for conditions and defences."""
 WHERE = {"text": "in the text", "image": "in the image", "both": "in both", "unstated": "somewhere"}
