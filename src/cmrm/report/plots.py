@@ -26,6 +26,7 @@ except ImportError as error:
 COLOURS = {
     "query": "#2e8b57", "caption": "#3d7ea6", "noise": "#a06cd5", "blank": "#d99a2b",
     "original": "#d1495b", "none": "#d1495b", "cmrm_dataset": "#00899e", "cmrm_sample": "#6fb7b6",
+    "cmrm_fill": "#6a3d9a", "cmrm_gated": "#e07b00", "cmrm_dataset@mixed": "#8c6d4f",
     "black": "#8a6d3b", "grey": "#8c8c8c", "mean": "#c77cba", "blur": "#5f9ed1",
     "shuffle": "#b5bd4c", "other": "#e0785a",
 }  # fmt: skip
