@@ -8,7 +8,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from transformers import (  # noqa: E402
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
-from cmrm import wrap_vlm  # noqa: E402
+from cmrm import generate, wrap_vlm  # noqa: E402
 from cmrm.demo.backbone import IMAGE_TOKEN, halve, load_tokenizer  # noqa: E402
+from cmrm.engines.transformers import TransformersEngine  # noqa: E402
 from cmrm.model.vlm import VLM  # noqa: E402
 from cmrm.prompts.ours import prompt_samples  # noqa: E402
 from cmrm.prompts.sample import Sample  # noqa: E402
@@ -132,6 +134,34 @@ def paired_ratio(a: Callable[[], Any], b: Callable[[], Any], *, pairs: int) -> d
         "pairs": pairs,
         "seconds": [round(statistics.median(t[k] for t in times), 3) for k in (0, 1)],
     }
+
+
+def first_token_ratios(
+    engine: TransformersEngine,
+    figure: str,
+    targets: Mapping[str, float],
+    options: argparse.Namespace,
+    **steering: Any,
+) -> None:
+    """Report time to first token under `steering` over bare, for a batch of 8 and for one row.
+
+    `steering`: arguments of `generate`. Every call asks something else: what is kept of the last
+    single prompt would shorten its repetition.
+    """
+    batch = 2 if options.tiny else 8
+    for name, rows in ((figure, batch), (f"{figure}_one_row", 1)):
+        samples = sorted(anchors(64), key=lambda s: len(s.query))
+        sets = [samples[k : k + rows] for k in range(0, len(samples), rows)]
+        calls = {kind: cycle(sets) for kind in ("bare", "steered")}
+
+        def bare(calls: Iterator[list[Sample]] = calls["bare"]) -> None:
+            generate(engine, next(calls), max_new_tokens=1)
+
+        def steered(calls: Iterator[list[Sample]] = calls["steered"]) -> None:
+            generate(engine, next(calls), max_new_tokens=1, **steering)
+
+        ratio = paired_ratio(steered, bare, pairs=1 if options.tiny else options.pairs)
+        report(name, ratio, rows=rows, target=targets[name])
 
 
 def report(figure: str, values: dict[str, Any], **more: Any) -> None:

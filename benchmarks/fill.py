@@ -8,13 +8,10 @@ as a server does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import cycle
-
 import torch
-from common import anchors, arguments, paired_ratio, random_llava, report
+from common import arguments, first_token_ratios, random_llava
 
-from cmrm import Sample, ShiftVectors, Steering, generate
+from cmrm import ShiftVectors, Steering
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.identity import identity_of
 from cmrm.model.vlm import VLM
@@ -38,19 +35,9 @@ def main() -> None:
     vlm = random_llava(tiny=options.tiny)
     engine, artifact = TransformersEngine(vlm), random_artifact(vlm)
     setting = Steering(operator="fill")
-    batch = 2 if options.tiny else 8
-    for name, rows in (("fill_ttft_ratio", batch), ("fill_ttft_ratio_one_row", 1)):
-        samples = sorted(anchors(64), key=lambda s: len(s.query))
-        sets = [samples[k : k + rows] for k in range(0, len(samples), rows)]
-
-        def bare(calls: Iterator[list[Sample]] = cycle(sets)) -> None:  # noqa: B008
-            generate(engine, next(calls), max_new_tokens=1)
-
-        def filled(calls: Iterator[list[Sample]] = cycle(sets)) -> None:  # noqa: B008
-            generate(engine, next(calls), shift=artifact, steering=setting, max_new_tokens=1)
-
-        ratio = paired_ratio(filled, bare, pairs=1 if options.tiny else options.pairs)
-        report(name, ratio, rows=rows, target=TARGETS[name])
+    first_token_ratios(
+        engine, "fill_ttft_ratio", TARGETS, options, shift=artifact, steering=setting
+    )
 
 
 if __name__ == "__main__":

@@ -16,14 +16,8 @@ from pathlib import Path
 
 from common import report
 
-from cmrm.demo.loop import (
-    Bench,
-    dataset_level,
-    fill_level,
-    fitted_shift,
-    gated_level,
-    untouched,
-)
+from cmrm.demo.levels import dataset_level, fill_level, fitted_shift, gated_level, untouched
+from cmrm.demo.loop import Bench
 from cmrm.demo.settings import DATASET_STEERING, QUICK
 from cmrm.demo.vlm import load_demo
 from cmrm.engines.transformers import TransformersEngine

@@ -10,9 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cli.commands import json_of, output, refused, run
 from cmrm import ShiftVectors
-from cmrm.cli.extract import remove_checkpoint
 from cmrm.errors import ArtifactError
 from cmrm.shift.artifact import Artifact
+from cmrm.shift.checkpoint import remove_checkpoint
 
 
 def test_the_options_are_stored_as_the_recommended_setting(artifact: Path) -> None:

@@ -23,7 +23,6 @@ from defenses.oracle import (
     UNSEEN,
     Scripted,
     all_states,
-    anchor_set,
     changed,
     defended,
     fitted,
@@ -32,16 +31,6 @@ from defenses.oracle import (
 
 FITTED = [name for name in sorted(defense_names()) if make_defense(name).needs_fit]
 SHORT = Decoding(6)
-
-
-@pytest.fixture(scope="module")
-def engine(vlm: VLM) -> TransformersEngine:
-    return TransformersEngine(vlm)
-
-
-@pytest.fixture(scope="module")
-def data() -> FitData:
-    return anchor_set()
 
 
 def mean_states(vlm: VLM, samples: Any, condition: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from cmrm.defenses.safety_prompt import SAFETY_PROMPT
 from cmrm.engines.base import Contrast, Decoding, EngineError, Reply
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import ArtifactError, InputError
-from cmrm.model.vlm import VLM, wrap_vlm
+from cmrm.model.vlm import wrap_vlm
 from cmrm.prompts.conditions import Request
 from defenses.oracle import (
     SEEN,
@@ -24,7 +24,6 @@ from defenses.oracle import (
     Scripted,
     adding,
     all_states,
-    anchor_set,
     at_the_end,
     changed,
     defended,
@@ -34,16 +33,6 @@ from defenses.oracle import (
 from tiny import tiny_model, tiny_processor
 
 SHORT = Decoding(5)
-
-
-@pytest.fixture(scope="module")
-def engine(vlm: VLM) -> TransformersEngine:
-    return TransformersEngine(vlm)
-
-
-@pytest.fixture(scope="module")
-def data() -> FitData:
-    return anchor_set()
 
 
 def test_astra_steers_as_far_as_a_state_points_along_the_direction(

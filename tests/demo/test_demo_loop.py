@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import cmrm.demo.vlm as demo_module
-from cmrm.demo.loop import Bench, Prompts, dataset_level, run_demo, visual_questions
+from cmrm.demo.levels import dataset_level
+from cmrm.demo.loop import Bench, Prompts, run_demo, visual_questions
 from cmrm.demo.settings import ALPHAS, DATASET_STEERING, LOWER, QUICK
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import InputError
@@ -146,7 +147,9 @@ def test_the_settings_are_the_demos_own(whole: Whole) -> None:
 def test_files_of_a_run(whole: Whole) -> None:
     names = {path.name for path in whole.out.iterdir() if path.suffix != ".png"}
     assert names == {"results.json", "report.html", "table.md", "shift.safetensors", "state"}
-    assert "| query alone |" in (whole.out / "table.md").read_text()
+    tables = (whole.out / "table.md").read_text()
+    assert "| query alone |" in tables
+    assert "| defence | " in tables
     assert not list(whole.out.rglob(".*")), "no scratch files are left"
     assert not list(whole.out.rglob("*.partial")), "the checkpoint goes when the artifact is there"
 

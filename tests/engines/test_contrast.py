@@ -18,6 +18,7 @@ from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.steering.hooks import intervene
 from cmrm.steering.intervention import shift_intervention
+from engines.memory import small_memory
 from families import FAMILIES
 
 IMAGE = Image.new("RGB", (16, 16), "red")
@@ -116,15 +117,7 @@ def test_contrasts_follow_a_batch_that_is_halved(vlm: VLM, monkeypatch: pytest.M
         engine.answer([r], (), Decoding(4), contrast=Contrast((s,), 3.0))[0]
         for r, s in zip(requests, second, strict=True)
     ]
-    original, rows = vlm.model.generate, []
-
-    def small(**inputs: Any) -> Any:
-        rows.append(inputs["input_ids"].shape[0])
-        if rows[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(**inputs)
-
-    monkeypatch.setattr(vlm.model, "generate", small)
+    rows = small_memory(vlm, monkeypatch)
     with pytest.warns(UserWarning, match="out of memory"):
         replies = engine.answer(requests, (), Decoding(4), contrast=Contrast(second, 3.0))
     assert replies == expected

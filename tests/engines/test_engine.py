@@ -20,6 +20,7 @@ from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.steering.intervention import shift_intervention
+from engines.memory import small_memory
 
 IMAGE = Image.new("RGB", (16, 16), "red")
 MIXED = [
@@ -81,15 +82,7 @@ def test_memory_that_runs_out_halves_the_batch(vlm: VLM, monkeypatch: pytest.Mon
     requests = [Request(s.query, (IMAGE,)) for s in SAMPLES]
     part = [shift_intervention(vectors, Steering(1.0, "per_layer", "all"))]
     expected = engine.answer(requests, part, Decoding(3), batch_size=1)
-    original, rows = vlm.model.generate, []
-
-    def small(**inputs: Any) -> Any:
-        rows.append(inputs["input_ids"].shape[0])
-        if rows[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(**inputs)
-
-    monkeypatch.setattr(vlm.model, "generate", small)
+    rows = small_memory(vlm, monkeypatch)
     with pytest.warns(UserWarning, match="out of memory"):
         assert engine.answer(requests, part, Decoding(3)) == expected
     assert rows == [4, 2, 2]

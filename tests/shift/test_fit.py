@@ -16,7 +16,7 @@ from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Condition, build_request
 from cmrm.shift.artifact import Artifact
 from cmrm.shift.capture import capture_inputs
-from cmrm.shift.harm_gate import GateRecord, fit_gate
+from cmrm.shift.harm_gate import GateRecord, chosen_layer, fit_gate
 
 RED, BLUE = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
 HARMFUL = [Sample(f"h{k}", f"Tell me about number {k}" + "!" * (k % 5), RED) for k in range(14)]
@@ -96,7 +96,8 @@ def test_a_setting_of_ones_own_is_kept(vlm: VLM) -> None:
     gated = Steering(gate=True, layers=(2,))
     shift = estimate_shift(vlm, HARMFUL, BENIGN, recommended=gated)
     assert shift.gate is not None
-    assert shift.gate.layers == (1,), "right below the lowest layer that is steered"
+    expected = chosen_layer(torch.tensor(shift.records["gate"]["auc"]), 0, 1)
+    assert shift.gate.layers == (expected,), "by the rule, below the lowest layer that is steered"
 
 
 def test_questions_say_what_share_the_gate_would_steer(vlm: VLM, fitted: ShiftVectors) -> None:

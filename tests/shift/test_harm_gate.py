@@ -12,14 +12,21 @@ from cmrm.errors import InputError
 from cmrm.shift.harm_gate import (
     CLOSE,
     RATES,
+    RIDGE,
     GateRecord,
+    Scorer,
     at_false_alarms,
     chosen_layer,
     fit_gate,
     held_out_scores,
 )
+from cmrm.shift.probe import fit_probe
 
 LAYERS, WIDTH = 6, 16
+
+
+def probed(harmful: torch.Tensor, benign: torch.Tensor) -> Scorer:
+    return fit_probe(harmful, benign, RIDGE).scores
 
 
 def states(n: int, *, apart: float, layer: int = 3, seed: int = 0) -> torch.Tensor:
@@ -54,7 +61,7 @@ def test_false_alarms_on_anchors_of_its_own_and_on_fresh_ones(share: float) -> N
     gate, record = fit_gate(harmful, benign, false_alarms=share)
     assert record.wanted_false_alarms == share
     assert record.false_alarms == pytest.approx(share, abs=1 / 400)
-    held_harmful, held_benign = held_out_scores(harmful, benign)
+    held_harmful, held_benign = held_out_scores(harmful, benign, probed)
     above = held_benign[:, record.layer] > gate.threshold
     assert float(above.double().mean()) == pytest.approx(record.false_alarms)
     recall = (held_harmful[:, record.layer] > gate.threshold).double().mean()
@@ -71,25 +78,29 @@ def test_a_held_out_anchor_has_no_part_in_its_score() -> None:
     benign = torch.zeros(20, 2, 40)
     for k in range(20):
         harmful[k, :, k] = benign[k, :, 20 + k] = 1.0
-    held_harmful, held_benign = held_out_scores(harmful, benign)
+    held_harmful, held_benign = held_out_scores(harmful, benign, probed)
     above = (held_harmful[:, None] > held_benign[None] + 1e-9).double().mean()
     assert float(above) < 0.6
 
 
 def test_the_lowest_layer_that_is_close_to_the_best_is_read() -> None:
     close = CLOSE / 2
-    assert chosen_layer(torch.tensor([0.5, 0.9 - close, 0.9, 0.8])) == 1
-    assert chosen_layer(torch.tensor([0.5, 0.9 - 3 * close, 0.9, 0.8])) == 2
-    assert chosen_layer(torch.tensor([0.5, 0.6, 0.99])) == 1, "never the last one"
+    assert chosen_layer(torch.tensor([0.5, 0.9 - close, 0.9, 0.8]), 0, 2) == 1
+    assert chosen_layer(torch.tensor([0.5, 0.9 - 3 * close, 0.9, 0.8]), 0, 2) == 2
+    assert chosen_layer(torch.tensor([0.5, 0.6, 0.99]), 0, 1) == 1, "never above the highest"
 
 
-def test_a_layer_can_be_named_and_leaves_one_above_it() -> None:
+def test_the_gate_stays_at_or_below_the_highest_layer_and_leaves_one_above_it() -> None:
     harmful, benign = states(40, apart=4.0), states(40, apart=0.0, seed=1)
-    gate, record = fit_gate(harmful, benign, layer=4)
-    assert (gate.layers, record.layer) == ((4,), 4)
-    for layer in (-1, LAYERS - 1, LAYERS):
+    free, _ = fit_gate(harmful, benign)
+    for highest in range(LAYERS - 1):
+        gate, record = fit_gate(harmful, benign, highest=highest)
+        assert gate.layers == (record.layer,)
+        assert record.layer == chosen_layer(torch.tensor(record.auc), 0, highest)
+    assert gate.layers == free.layers
+    for highest in (-1, LAYERS - 1, LAYERS):
         with pytest.raises(InputError, match=r"one of 0\.\.4"):
-            fit_gate(harmful, benign, layer=layer)
+            fit_gate(harmful, benign, highest=highest)
 
 
 @pytest.mark.parametrize(("n_harmful", "n_benign"), [(9, 40), (40, 9)])

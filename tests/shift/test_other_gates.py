@@ -12,6 +12,7 @@ from torch import nn
 from cmrm import Sample, Steering, estimate_shift, wrap_vlm
 from cmrm.errors import InputError, ModelError
 from cmrm.model.vlm import VLM
+from cmrm.shift.harm_gate import at_false_alarms
 from cmrm.shift.other_gates import (
     REFUSAL_WORDS,
     condition_vectors,
@@ -52,6 +53,9 @@ def test_the_cosine_gate_separates_at_the_wanted_share_of_false_alarms() -> None
     assert 2 <= record.layer < LAYERS - 1
     assert record.auc[record.layer] > 0.75 > record.auc[0]
     assert record.false_alarms == pytest.approx(0.1, abs=0.01)
+    looser, at_a_fifth = at_false_alarms(gate, record, 0.2)
+    assert looser.threshold < gate.threshold
+    assert at_a_fifth.false_alarms == pytest.approx(0.2, abs=0.01)
     opens = [
         gate.opens(states[:, list(gate.layers)]).double().mean() for states in (harmful, benign)
     ]

@@ -56,8 +56,8 @@ def gate(vlm: VLM) -> str:
         ("an open gate", -1.0, ungated),
     ):
         always = Gate("linear", (0,), torch.zeros_like(apart)[None], threshold)
-        found = _decoded(vlm, inputs, replace(steered, gate=always))
-        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        steered_anyway = _decoded(vlm, inputs, replace(steered, gate=always))
+        same = all(torch.equal(a, b) for a, b in zip(steered_anyway, expected, strict=True))
         other = "the untouched model" if expected is plain else "steering without a gate"
         require(same, f"{name} is not {other}, bit for bit")
     by_row = replace(steered, gate=Gate("linear", (0,), apart[None].clone(), between))

@@ -43,6 +43,7 @@ def demo(
 
     from cmrm.demo.loop import run_demo
     from cmrm.demo.settings import FULL, QUICK
+    from cmrm.report.balance import balance_table
     from cmrm.report.headline import headline_table
 
     with c.progress_bar(Console(stderr=True)) as bar:
@@ -56,6 +57,7 @@ def demo(
         )
     size = results["settings"]["budget"]["name"]
     c.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))
+    c.print_rows("what each level gives back, and what it costs", *balance_table(results))
     c.print_judges(results)
     typer.echo(f"report: {out / 'report.html'}   results: {out / 'results.json'}")
 

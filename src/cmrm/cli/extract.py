@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +84,7 @@ def extract(
     --images, --on-error, --partial and --limit are for all three sets, the other options of sets
     for --anchors. A run that is killed continues from `OUTPUT.partial` and files beside it.
     """
+    from cmrm.shift.checkpoint import remove_checkpoint
     from cmrm.shift.estimate import (
         check_anchors,
         check_estimator,
@@ -200,14 +200,14 @@ def _refuse_without_benign(
     """
     from cmrm.errors import InputError
 
-    given = {
+    needing = {
         "--mixed": mixed,
         "--false-alarms": false_alarms is not None,
         "--questions": questions is not None,
         "--gate": bool(gate),
         "--operator fill": setting is not None and setting.operator == "fill",
     }
-    options = [option for option, there in given.items() if there]
+    options = [option for option, there in needing.items() if there]
     if options:
         verb = "needs" if len(options) == 1 else "need"
         raise InputError(
@@ -308,12 +308,3 @@ def check_output(output: Path) -> None:
         raise ArtifactError(f"cannot write {output}: {error}; name another file") from None
     if output.is_dir():
         raise ArtifactError(f"cannot write {output}: it is a folder; name a file")
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove the checkpoints of all parts of a finished extraction; each process of several has its
-    own."""
-    ending = re.compile(re.escape(checkpoint.name) + r"(\.\d+)?(\.benign|\.sequential)?")
-    for file in checkpoint.parent.iterdir():
-        if ending.fullmatch(file.name):
-            file.unlink(missing_ok=True)

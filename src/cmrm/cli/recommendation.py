@@ -71,14 +71,9 @@ def layers_in_words(layers: Sequence[int] | None) -> str:
     """`decoder layers 0-8, 12`, or `all decoder layers` for None."""
     if layers is None:
         return "all decoder layers"
-    ranges: list[list[int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][-1] + 1:
-            ranges[-1].append(layer)
-        else:
-            ranges.append([layer])
-    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges]
-    return f"decoder layer{'s' if len(layers) != 1 else ''} {', '.join(shown)}"
+    from cmrm.steering.setting import layer_ranges
+
+    return f"decoder layer{'s' if len(layers) != 1 else ''} {layer_ranges(layers)}"
 
 
 def gap_in_words(gap: Mapping[str, Any]) -> str:

@@ -4,18 +4,16 @@ al., arXiv 2411.16721)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cmrm.defenses.anchors import anchor_states
-from cmrm.defenses.base import Defense, FitData, typed
-from cmrm.defenses.space import Real, Space, Whole
+from cmrm.defenses.base import FitData
+from cmrm.defenses.one_layer import OneLayer
 from cmrm.engines.base import Engine
 from cmrm.prompts.conditions import Condition, Request
 from cmrm.steering.intervention import Edit, Intervention
-from cmrm.steering.setting import Steering
 
 
-class Astra(Defense):
+class Astra(OneLayer):
     """At one layer, at the last prompt token and every generated one:
 
         h <- h - alpha norm(h) relu(cos(h - h0, v)) v / norm(v)
@@ -33,39 +31,16 @@ class Astra(Defense):
 
     name = "astra"
     source = "ASTRA's adaptive law, arXiv 2411.16721; the direction is ours"
-    needs_fit = True
     fits_on_images = True
+    strengths = (0.5, 40.0)
 
     def __init__(self, *, layer: int | None = None, alpha: float = 10.0) -> None:
         """`layer`: 0-based, None: the middle; `alpha`: strength, >= 0."""
-        super().__init__()
-        if layer is not None:
-            typed("layer", layer, int, "a decoder layer, counted from 0")
-        typed("alpha", alpha, float, "a number, 0 or above")
-        self.layer = layer
-        self.alpha = Steering(alpha=alpha).alpha
+        super().__init__(layer=layer, alpha=alpha)
 
-    def check(self, engine: Engine) -> None:
-        """Raise `InputError` where the layer is none of the model's."""
-        self._layer(engine)
-
-    def _layer(self, engine: Engine) -> int:
-        layer = max(0, engine.n_layers // 2 - 1) if self.layer is None else self.layer
-        return Steering(layers=(layer,)).chosen_layers(engine.n_layers)[0]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Layer and strength."""
-        return {"layer": self.layer, "alpha": self.alpha}
-
-    def space(self, engine: Engine) -> Space:
-        """Layer and strength."""
-        return (Whole("layer", 0, engine.n_layers - 1), Real("alpha", 0.5, 40.0, log=True))
-
-    @property
-    def fitted_by(self) -> tuple[object, ...]:
-        """Nothing: every layer's direction is fitted."""
-        return ()
+    def default_layer(self, n_layers: int) -> int:
+        """The last layer of the lower half."""
+        return max(0, n_layers // 2 - 1)
 
     def fit(self, engine: Engine, data: FitData) -> None:
         """Direction and origin of every layer."""
@@ -83,7 +58,7 @@ class Astra(Defense):
         self, engine: Engine, requests: Sequence[Request], keys: Sequence[str]
     ) -> list[Intervention]:
         """The law, in rows with an image."""
-        layer = self._layer(engine)
+        layer = self.chosen_layer(engine)
         harm, origin = self.fitted("harm")[layer], self.fitted("origin")[layer]
         away = -harm / harm.norm().clamp_min(1e-12)
         edit = Edit(layer, away, "oppose", float(self.alpha), origin=origin)

@@ -33,7 +33,7 @@ class FitData:
     harmful: Sequence[Sample]
     """Harmful requests, each with an image."""
     benign: Sequence[Sample]
-    """Benign requests; their images are used by gates and by AlphaSteer alone."""
+    """Benign requests; CMRM's fill and gate, CAST and AlphaSteer use their images."""
     batch_size: int = 16
     """Prompts per forward pass."""
     more: Sequence[Sample] = ()

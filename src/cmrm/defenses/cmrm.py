@@ -88,7 +88,7 @@ class CmrmDataset(_Steered):
         """What fits to the kind of the setting: strength, and layers, or the share of false alarms
         where a gate stands below the layers."""
         gated = self.steering.gate
-        moves: Space = (Choice("false_alarms", RATES),) if gated and self._has_curve else ()
+        moves: Space = (Choice("false_alarms", RATES),) if gated else ()
         if not gated and self.steering.schedule != "sequential":
             moves = (LayerRange(engine.n_layers - 1),)
         if self.steering.operator == "fill":
@@ -101,11 +101,6 @@ class CmrmDataset(_Steered):
             Real("alpha", 0.05, 2.0, log=True), Choice("schedule", ("telescoped", "per_layer")),
             Choice("positions", positions), Choice("estimator", ("pca", "mean")), *moves,
         )  # fmt: skip
-
-    @property
-    def _has_curve(self) -> bool:
-        """Whether the gate's thresholds are recorded at several shares of false alarms."""
-        return self.gate_kind == "probe"
 
     @property
     def needs_benign(self) -> bool:

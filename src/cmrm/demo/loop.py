@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-from cmrm.defenses import Defense, make_defense
-from cmrm.defenses.cmrm import CmrmDataset, CmrmFill, CmrmGated, CmrmSample
+from cmrm.defenses import Defense
 from cmrm.demo import DEMO
+from cmrm.demo.levels import (
+    dataset_level,
+    fill_level,
+    gated_level,
+    mixed_level,
+    sample_level,
+    shift_of_run,
+    untouched,
+)
 from cmrm.demo.settings import (
     ALPHAS,
     ANSWER_TOKENS,
-    CORRUPTION,
     DATASET_STEERING,
-    ESTIMATOR,
-    FALSE_ALARMS,
-    FILL_STEERING,
-    GATED_STEERING,
-    QUICK,
     SAMPLE_STEERING,
     Budget,
 )
 from cmrm.engines.base import Decoding
 from cmrm.engines.transformers import TransformersEngine
-from cmrm.errors import CmrmError, InputError
+from cmrm.errors import InputError
 from cmrm.files import atomic_path, write_json
 from cmrm.judges import DEFAULT_JUDGE, Judge, make_judge
 from cmrm.measure.environment import (
@@ -51,8 +52,7 @@ from cmrm.prompts.easy_vqa import vqa_samples
 from cmrm.prompts.ours import prompt_samples
 from cmrm.prompts.sample import Sample
 from cmrm.prompts.splits import set_hash
-from cmrm.shift.artifact import ShiftVectors, library_versions
-from cmrm.steering.setting import Steering
+from cmrm.shift.artifact import ShiftVectors
 
 Say = Callable[[str], None]
 Tick = Callable[[int], None]
@@ -220,46 +220,6 @@ def _stored(file: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def untouched() -> Defense:
-    """The model as it is."""
-    return make_defense("none")
-
-
-def dataset_level(shift: ShiftVectors, steering: Steering) -> CmrmDataset:
-    """CMRM at dataset level with fitted vectors."""
-    defense = CmrmDataset(corruption=CORRUPTION, **steering.to_json())
-    defense.use(shift)
-    return defense
-
-
-def mixed_level(shift: ShiftVectors, steering: Steering) -> CmrmDataset:
-    """CMRM at dataset level with vectors of harmful and benign anchors together."""
-    defense = dataset_level(shift, steering)
-    defense.name = f"{defense.name}@mixed"
-    return defense
-
-
-def fill_level(shift: ShiftVectors) -> CmrmFill:
-    """Fill along the refusal direction, at the setting that the anchors recommend."""
-    defense = CmrmFill(corruption=CORRUPTION, **FILL_STEERING.to_json())
-    defense.use(shift)
-    return defense
-
-
-def gated_level(shift: ShiftVectors) -> CmrmGated:
-    """Sequential vectors above the harm gate."""
-    defense = CmrmGated(
-        corruption=CORRUPTION, false_alarms=FALSE_ALARMS, **GATED_STEERING.to_json()
-    )
-    defense.use(shift)
-    return defense
-
-
-def sample_level(steering: Steering) -> CmrmSample:
-    """CMRM at sample level."""
-    return CmrmSample(corruption=CORRUPTION, **steering.to_json())
-
-
 def prepare_out(out: Path) -> Path:
     """Make the output folder; return its `state` folder.
 
@@ -298,6 +258,7 @@ def run_demo(
         InputError: `out` cannot be written to.
         MissingExtraError: a library of the extra `demo` is not installed.
     """
+    from cmrm.report.balance import balance_table
     from cmrm.report.headline import headline_table
     from cmrm.report.page import write_report
     from cmrm.report.tables import markdown
@@ -309,14 +270,16 @@ def run_demo(
     start(prompts.passes(budget))
     bench = Bench(engine, budget, ReplyStore(state / "replies.db"), tick)
     say("states of anchors")
-    shift = _shift(bench, prompts, state)
+    fitted_on = (engine, budget, prompts.anchors, prompts.lookalikes, state)
+    shift = shift_of_run(*fitted_on)
     shift.save(out / "shift.safetensors")
-    mixed = _shift(bench, prompts, state, mixed=True) if budget.mixed else None
+    mixed = shift_of_run(*fitted_on, mixed=True) if budget.mixed else None
     results = measure(bench, prompts, shift, mixed, state, say=say)
     write_json(out / "results.json", results)
     say("writing the report")
     with atomic_path(out / "table.md") as part:
-        part.write_text(markdown(headline_table(results)), encoding="utf-8")
+        tables = (headline_table(results), balance_table(results))
+        part.write_text("\n".join(map(markdown, tables)), encoding="utf-8")
     write_report(results, out)
     return results
 
@@ -381,70 +344,3 @@ def measure(
         "alpha_sweep": sweep,
         "shift": shift_info(shift),
     })  # fmt: skip
-
-
-def _shift(bench: Bench, prompts: Prompts, state: Path, *, mixed: bool = False) -> ShiftVectors:
-    """What this run fits on the anchors; from `state` where it is."""
-    file = state / ("shift-mixed.safetensors" if mixed else "shift.safetensors")
-    anchors, lookalikes = prompts.anchors, prompts.lookalikes
-    wanted = {
-        "estimator": ESTIMATOR, "corruption": CORRUPTION, "seed": bench.budget.seed,
-        "anchor_hash": set_hash(anchors), "benign_hash": set_hash(lookalikes),
-        "versions": library_versions(),
-    }  # fmt: skip
-    stored = _stored_shift(file, bench.engine, wanted, mixed=mixed)
-    if stored is not None:
-        return stored
-    identity = str(bench.engine.context()["identity"])
-    name = f"{file.stem}-{identity[:8]}-{str(wanted['anchor_hash'])[:8]}.partial"
-    checkpoint = state / name
-    shift = fitted_shift(
-        bench.engine, anchors, lookalikes, mixed=mixed, budget=bench.budget, checkpoint=checkpoint
-    )
-    shift.save(file)
-    for part in (checkpoint, *state.glob(f"{escape(name)}.*")):
-        part.unlink(missing_ok=True)
-    return shift
-
-
-def fitted_shift(
-    engine: TransformersEngine,
-    anchors: Sequence[Sample],
-    lookalikes: Sequence[Sample],
-    *,
-    mixed: bool = False,
-    budget: Budget = QUICK,
-    checkpoint: Path | None = None,
-) -> ShiftVectors:
-    """The demo's artifact: vectors, refusal direction, gate and sequential vectors.
-
-    `anchors` are harmful, `lookalikes` benign; `mixed`: the shift is that of both together.
-    """
-    return engine.estimate_shift(
-        anchors,
-        benign=lookalikes,
-        estimator=ESTIMATOR,
-        corruption=CORRUPTION,
-        mixed=mixed,
-        false_alarms=FALSE_ALARMS,
-        seed=budget.seed,
-        batch_size=budget.batch_size,
-        checkpoint=checkpoint,
-    )
-
-
-def _stored_shift(
-    file: Path, engine: TransformersEngine, wanted: Mapping[str, Any], *, mixed: bool
-) -> ShiftVectors | None:
-    """The vectors in `file`, where they are this model's and have the wanted provenance."""
-    if not file.is_file():
-        return None
-    try:
-        shift = ShiftVectors.load(file)
-        engine.accept(shift)
-    except CmrmError:
-        return None
-    made = {name: getattr(shift.provenance, name) for name in wanted}
-    alarms = shift.records.get("gate", {}).get("wanted_false_alarms")
-    same = made == wanted and (shift.provenance.benign_share > 0) is mixed
-    return shift if same and alarms == FALSE_ALARMS else None

@@ -25,13 +25,13 @@ def first_tokens(vlm: VLM, texts: Sequence[str]) -> tuple[int, ...]:
     """
     tokenizer = vlm.tokenizer
     unknown = getattr(tokenizer, "unk_token_id", None)
-    found = set()
+    tokens = set()
     for text in (*texts, *(f" {text}" for text in texts)):
         ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
         words = [token for token in ids if tokenizer.decode([token]).strip()]
         if words and words[0] != unknown:
-            found.add(words[0])
-    return tuple(sorted(found))
+            tokens.add(words[0])
+    return tuple(sorted(tokens))
 
 
 def first_token_log_odds(

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from cmrm.errors import InputError, MissingExtraError
+from cmrm.errors import InputError
+from cmrm.measure.documents import read_document, validated
 
-try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-except ImportError:
-    raise MissingExtraError("results need pydantic; pip install 'cmrm[eval]' brings it") from None
+# After `documents`, which names the extra where pydantic is missing.
+from pydantic import BaseModel, ConfigDict, Field  # isort: skip
 
 SCHEMA: Literal["cmrm-results/2"] = "cmrm-results/2"
 """Of every results file; a reader refuses another number."""
@@ -346,14 +345,7 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: they have another form.
     """
-    try:
-        results = Results.model_validate({"schema": SCHEMA, **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"these are no results of cmrm: {place}: {first['msg']}") from None
-    written: dict[str, Any] = json.loads(results.model_dump_json(by_alias=True))
-    return written
+    return validated(Results, {"schema": SCHEMA, **values}, "these are no results of cmrm")
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -362,14 +354,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged, or of another schema.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} holds no results of cmrm: {error}") from None
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path} holds no results that this version reads: its schema is not {SCHEMA}"
-        )
+    values = read_document(path, SCHEMA, "results of cmrm")
     try:
         return checked(values)
     except InputError as error:

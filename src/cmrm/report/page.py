@@ -13,6 +13,7 @@ from typing import Any
 from cmrm.errors import InputError, MissingExtraError
 from cmrm.files import atomic_path
 from cmrm.report import headline, tables
+from cmrm.report.balance import balance_table
 from cmrm.report.categories import category_table
 from cmrm.report.judged import correction_table, judge_lines
 from cmrm.report.tables import Results
@@ -79,6 +80,7 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
         cards=headline.cards(results),
         figures=drawn,
         headline=_headline(results),
+        balance=balance_table(results),
         gap_points=_gap_points(results),
         groups=tables.group_table(results),
         reasons=tables.reason_table(results),

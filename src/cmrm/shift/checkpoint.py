@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -156,6 +157,15 @@ def write_state(path: Path, metadata: dict[str, str], tensors: dict[str, torch.T
             save_file(tensors, str(part), metadata={**metadata, "digest": digest})
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from None
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove the checkpoints of all parts of a finished extraction; each process of several has its
+    own."""
+    ending = re.compile(re.escape(checkpoint.name) + r"(\.\d+)?(\.benign|\.sequential)?")
+    for file in checkpoint.parent.iterdir():
+        if ending.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _link(chain: str, sample: Sample) -> str:

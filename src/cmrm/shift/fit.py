@@ -87,7 +87,7 @@ def _gate(
     """The gate of a kind, from states with a corrupted image."""
     states = (harmful.corrupted, benign.corrupted)
     if kind == "probe":
-        return fit_gate(*states, false_alarms=false_alarms, layer=below, seed=seed)
+        return fit_gate(*states, false_alarms=false_alarms, highest=below, seed=seed)
     return fit_other_gate(
         kind,
         *states,

@@ -12,6 +12,7 @@ Conditional steering is CAST's idea (Lee et al., arXiv 2409.05907); probe and ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ LEAST = 10
 """Fewer anchors of a kind than this give no threshold that can be trusted."""
 RIDGE = 100.0
 """Penalty of the probe."""
+Scorer = Callable[[torch.Tensor], torch.Tensor]
+"""Scores float32 [N, L] of states float32 [N, L, d]."""
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 """Shares of false alarms whose thresholds are recorded."""
 
@@ -98,12 +101,27 @@ def check_enough(harmful: int, benign: int) -> None:
         )
 
 
+def check_highest(highest: int | None, n_layers: int) -> int:
+    """The highest decoder layer that a gate may read; all but the last where None.
+
+    Raises:
+        InputError: it leaves no layer above it, or none below.
+    """
+    highest = n_layers - 2 if highest is None else highest
+    if not 0 <= highest < n_layers - 1:
+        raise InputError(
+            f"a gate has to stand below the layers that are steered, at one of 0..{n_layers - 2}; "
+            f"it was given {highest}"
+        )
+    return highest
+
+
 def fit_gate(
     harmful: torch.Tensor,
     benign: torch.Tensor,
     *,
     false_alarms: float = FALSE_ALARMS,
-    layer: int | None = None,
+    highest: int | None = None,
     seed: int = 0,
 ) -> tuple[Gate, GateRecord]:
     """A harm gate from states with an image; see the module for the rule.
@@ -112,40 +130,59 @@ def fit_gate(
         harmful: float32 [N, L, d], last-prompt-token states of harmful anchors.
         benign: float32 [M, L, d], of benign ones.
         false_alarms: wanted share of benign requests above the threshold.
-        layer: 0-based decoder layer to read; None: chosen by the rule.
+        highest: highest 0-based decoder layer that may be read; None: all but the last.
         seed: of the folds.
 
     Raises:
-        InputError: there are too few anchors, or `layer` leaves no layer above it.
+        InputError: there are too few anchors, or `highest` leaves no layer above it.
     """
     check_false_alarms(false_alarms)
     check_enough(len(harmful), len(benign))
-    n_layers = harmful.shape[1]
-    if layer is not None and not 0 <= layer < n_layers - 1:
-        raise InputError(
-            f"the gate's layer is {layer}; it is one of 0..{n_layers - 2}, since layers above it "
-            "are steered"
-        )
-    held_harmful, held_benign = held_out_scores(harmful, benign, seed=seed)
-    areas = auc(held_harmful, held_benign)
-    if layer is None:
-        layer = chosen_layer(areas)
-    of_harmful, of_benign = held_harmful[:, layer].double(), held_benign[:, layer].double()
+    highest = check_highest(highest, harmful.shape[1])
 
-    def at(share: float) -> tuple[float, float, float]:
-        """Threshold, measured share and recall at a wanted share of false alarms."""
-        threshold = float(torch.quantile(of_benign, 1 - share))
-        alarms, recall = (
-            float((scores > threshold).double().mean()) for scores in (of_benign, of_harmful)
-        )
-        return threshold, alarms, recall
+    def scorer(positive: torch.Tensor, negative: torch.Tensor) -> Scorer:
+        return fit_probe(positive, negative, RIDGE).scores
 
-    threshold, alarms, recall = at(false_alarms)
+    of_harmful, of_benign = held_out_scores(harmful, benign, scorer, seed=seed)
+    areas = auc(of_harmful, of_benign)
+    layer = chosen_layer(areas, 0, highest)
+    threshold, record = recorded(
+        layer, areas, of_harmful[:, layer], of_benign[:, layer], false_alarms
+    )
     probe = fit_probe(harmful, benign, RIDGE)
     gate = Gate(
         "linear", (layer,), probe.weight[layer][None].clone(), threshold,
         bias=float(probe.bias[layer]),
     )  # fmt: skip
+    return gate, record
+
+
+def recorded(
+    layer: int,
+    areas: torch.Tensor,
+    harmful: torch.Tensor,
+    benign: torch.Tensor,
+    false_alarms: float,
+) -> tuple[float, GateRecord]:
+    """The threshold at a wanted share of false alarms, and the record of a gate.
+
+    Args:
+        layer: decoder layer that is read, the last of several.
+        areas: float [L], area under the ROC curve at each layer.
+        harmful: float [N], the gate's scores of held-out harmful anchors.
+        benign: float [M], of benign ones.
+        false_alarms: wanted share of benign anchors above the threshold.
+    """
+
+    def at(share: float) -> tuple[float, float, float]:
+        """Threshold, measured share and recall at a wanted share of false alarms."""
+        threshold = float(torch.quantile(benign.double(), 1 - share))
+        alarms, recall = (
+            float((scores.double() > threshold).double().mean()) for scores in (benign, harmful)
+        )
+        return threshold, alarms, recall
+
+    threshold, alarms, recall = at(false_alarms)
     record = GateRecord(
         layer,
         tuple(round(float(area), 4) for area in areas),
@@ -156,7 +193,7 @@ def fit_gate(
         len(benign),
         tuple((share, *at(share)) for share in RATES),
     )
-    return gate, record
+    return threshold, record
 
 
 def at_false_alarms(gate: Gate, record: GateRecord, share: float) -> tuple[Gate, GateRecord]:
@@ -185,19 +222,26 @@ def at_false_alarms(gate: Gate, record: GateRecord, share: float) -> tuple[Gate,
 
 
 def held_out_scores(
-    harmful: torch.Tensor, benign: torch.Tensor, *, seed: int = 0
+    harmful: torch.Tensor,
+    benign: torch.Tensor,
+    fit: Callable[[torch.Tensor, torch.Tensor], Scorer],
+    *,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores float32 [N, L] and [M, L] of each anchor by a probe that was not fitted on it."""
+    """Scores float32 [N, L] and [M, L] of each anchor by what was not fitted on it.
+
+    `fit` makes a scorer from the states of both kinds of anchors, harmful first.
+    """
     scores = [torch.empty(states.shape[:2]) for states in (harmful, benign)]
     folds = [folds_of(len(states), FOLDS, seed) for states in (harmful, benign)]
     for fold in range(FOLDS):
-        probe = fit_probe(harmful[folds[0] != fold], benign[folds[1] != fold], RIDGE)
+        scorer = fit(harmful[folds[0] != fold], benign[folds[1] != fold])
         for states, assigned, out in zip((harmful, benign), folds, scores, strict=True):
-            out[assigned == fold] = probe.scores(states[assigned == fold])
+            out[assigned == fold] = scorer(states[assigned == fold])
     return scores[0], scores[1]
 
 
-def chosen_layer(areas: torch.Tensor) -> int:
-    """The lowest layer whose area is close to the best; the last layer is never it."""
-    candidates = areas[:-1]
-    return int((candidates >= candidates.max() - CLOSE).nonzero()[0])
+def chosen_layer(areas: torch.Tensor, first: int, highest: int) -> int:
+    """The lowest layer from `first` to `highest` whose area is close to the best of them."""
+    candidates = areas[first : highest + 1]
+    return first + int((candidates >= candidates.max() - CLOSE).nonzero()[0])

@@ -23,6 +23,7 @@ Layer and threshold are chosen by the rules of `shift.harm_gate`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,14 +32,17 @@ from torch import nn
 from cmrm.errors import InputError, ModelError
 from cmrm.model.vlm import VLM
 from cmrm.shift.harm_gate import (
-    CLOSE,
     FALSE_ALARMS,
-    FOLDS,
-    LEAST,
     GateRecord,
+    Scorer,
+    check_enough,
     check_false_alarms,
+    check_highest,
+    chosen_layer,
+    held_out_scores,
+    recorded,
 )
-from cmrm.shift.probe import auc, folds_of
+from cmrm.shift.probe import auc
 from cmrm.steering.gate import Gate
 
 OtherGate = Literal["cosine", "vocabulary"]
@@ -99,18 +103,8 @@ def fit_other_gate(
     if kind not in get_args(OtherGate):
         raise InputError(f"the gate's kind is {kind!r}; one of {', '.join(get_args(OtherGate))}")
     check_false_alarms(false_alarms)
-    if min(len(harmful), len(benign)) < LEAST:
-        raise InputError(
-            f"{len(harmful)} harmful and {len(benign)} benign anchors were given; a gate needs at "
-            f"least {LEAST} of each"
-        )
-    n_layers = harmful.shape[1]
-    highest = n_layers - 2 if highest is None else highest
-    if not 0 <= highest < n_layers - 1:
-        raise InputError(
-            f"a gate has to stand below the layers that are steered, at one of 0..{n_layers - 2}; "
-            f"it was given {highest}"
-        )
+    check_enough(len(harmful), len(benign))
+    highest = check_highest(highest, harmful.shape[1])
     if kind == "cosine":
         return _cosine_gate(harmful, benign, false_alarms, highest, seed)
     if vocabulary is None:
@@ -122,22 +116,20 @@ def _cosine_gate(
     harmful: torch.Tensor, benign: torch.Tensor, false_alarms: float, highest: int, seed: int
 ) -> tuple[Gate, GateRecord]:
     """CAST's gate: one layer, its scores from folds that the vector was not fitted on."""
-    held = [torch.empty(states.shape[:2]) for states in (harmful, benign)]
-    folds = [folds_of(len(states), FOLDS, seed) for states in (harmful, benign)]
-    for fold in range(FOLDS):
-        vectors = condition_vectors(harmful[folds[0] != fold], benign[folds[1] != fold])
-        for states, assigned, out in zip((harmful, benign), folds, held, strict=True):
-            out[assigned == fold] = _cosine_scores(vectors, states[assigned == fold])
-    areas = auc(held[0], held[1])
+
+    def scorer(positive: torch.Tensor, negative: torch.Tensor) -> Scorer:
+        return partial(_cosine_scores, condition_vectors(positive, negative))
+
+    of_harmful, of_benign = held_out_scores(harmful, benign, scorer, seed=seed)
+    areas = auc(of_harmful, of_benign)
     signs = torch.where(areas < 0.5, -1.0, 1.0)
     areas = torch.maximum(areas, 1 - areas)
-    layer = _lowest(areas, 0, highest)
+    layer = chosen_layer(areas, 0, highest)
     weight = float(signs[layer])
-    scores = [weight * out[:, layer] for out in held]
-    threshold = _threshold(scores[1], false_alarms)
-    vectors = condition_vectors(harmful, benign)
-    gate = Gate("cosine", (layer,), vectors[layer][None].clone(), threshold, weights=(weight,))
-    return gate, _record(layer, areas, false_alarms, scores, threshold)
+    ends = [weight * scores[:, layer] for scores in (of_harmful, of_benign)]
+    threshold, record = recorded(layer, areas, ends[0], ends[1], false_alarms)
+    vector = condition_vectors(harmful, benign)[layer][None].clone()
+    return Gate("cosine", (layer,), vector, threshold, weights=(weight,)), record
 
 
 def _vocabulary_gate(
@@ -160,15 +152,15 @@ def _vocabulary_gate(
         for scores, total in zip(by_layer, summed, strict=True):
             total[:, last] = (scores[:, first : last + 1] * weights).sum(1)
     areas = auc(summed[0], summed[1])
-    last = _lowest(areas, first, highest)
+    last = chosen_layer(areas, first, highest)
     layers = tuple(range(first, last + 1))
     ends = [total[:, last] for total in summed]
-    threshold = _threshold(ends[1], false_alarms)
+    threshold, record = recorded(last, areas, ends[0], ends[1], false_alarms)
     gate = Gate(
         "vocabulary", layers, vocabulary.vector.repeat(len(layers), 1), threshold,
         weights=trapezoid(len(layers)), metric=vocabulary.metric,
     )  # fmt: skip
-    return gate, _record(last, areas, false_alarms, ends, threshold)
+    return gate, record
 
 
 def trapezoid(count: int) -> tuple[float, ...]:
@@ -237,11 +229,11 @@ def norm_gain(vlm: VLM) -> torch.Tensor:
     states = torch.randn(3, vlm.hidden_size, generator=generator)
     signs = torch.where(states[0] < 0, -1.0, 1.0)
     with torch.inference_mode():
-        given = next((p for p in norm.parameters()), torch.empty(0))
-        device = given.device if given.device.type != "meta" else vlm.device
+        weight = next((p for p in norm.parameters()), torch.empty(0))
+        device = weight.device if weight.device.type != "meta" else vlm.device
 
         def normed(rows: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = norm(rows.to(device, given.dtype)[None])[0]
+            output: torch.Tensor = norm(rows.to(device, weight.dtype)[None])[0]
             return output.float().cpu()
 
         gain = normed(signs[None])[0] * signs
@@ -281,31 +273,3 @@ def _vocabulary_scores(vocabulary: Vocabulary, states: torch.Tensor) -> torch.Te
     """float32 [N, L] of states [N, L, d]."""
     squared = ((states @ vocabulary.metric) * states).sum(-1)
     return (states @ vocabulary.vector) / squared.clamp_min(1e-12).sqrt()
-
-
-def _lowest(areas: torch.Tensor, first: int, highest: int) -> int:
-    """The lowest layer from `first` to `highest` whose area is close to the best of them."""
-    candidates = areas[first : highest + 1]
-    return first + int((candidates >= candidates.max() - CLOSE).nonzero()[0])
-
-
-def _threshold(benign: torch.Tensor, false_alarms: float) -> float:
-    return float(torch.quantile(benign.double(), 1 - false_alarms))
-
-
-def _record(
-    layer: int,
-    areas: torch.Tensor,
-    false_alarms: float,
-    scores: list[torch.Tensor],
-    threshold: float,
-) -> GateRecord:
-    return GateRecord(
-        layer,
-        tuple(round(float(area), 4) for area in areas),
-        false_alarms,
-        float((scores[1] > threshold).double().mean()),
-        float((scores[0] > threshold).double().mean()),
-        len(scores[0]),
-        len(scores[1]),
-    )

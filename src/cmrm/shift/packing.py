@@ -192,27 +192,13 @@ def last_token_states(
     positions = torch.tensor(lengths, device=device) + (past - 1)
     if part.offset is not None:
         positions = positions + part.offset.to(device).flatten()[0]
-    position_ids = positions[None]
-    if part.offset is not None:
-        position_ids = position_ids.expand(3, 1, -1)
     inputs = {
         name: torch.cat([tokens[name][-1:] for tokens in part.tokens])[None].to(device)
         for name in part.tokens[0]
     }
-    places = torch.arange(n, device=device)
-    token = PROMPTS_IN_ROW.set(n)
-    try:
-        used = expanded(side_by_side([part.cache, row.cache]), 1)
-        with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
-            backbone(
-                **inputs,
-                **with_cache(backbone, used),
-                attention_mask=mask,
-                position_ids=position_ids,
-            )
-    finally:
-        PROMPTS_IN_ROW.reset(token)
-    return hooks.states()
+    inputs |= {"attention_mask": mask, "position_ids": _by_axis(positions, [part])}
+    used = expanded(side_by_side([part.cache, row.cache]), 1)
+    return _run(vlm, backbone, inputs, used, torch.arange(n, device=device), steps)
 
 
 def _one_row(
@@ -241,26 +227,38 @@ def _one_row(
         offset = parts[k].offset
         positions.append(counted if offset is None else counted + offset.to(device).flatten()[0])
         at += length
-    position_ids = torch.cat(positions)[None]
-    if any(part.offset is not None for part in parts):
-        position_ids = position_ids.expand(3, 1, -1)
     inputs = {
         name: torch.cat([tokens[name] for _, tokens in row])[None].to(device) for name in row[0][1]
     }
+    inputs |= {"attention_mask": mask, "position_ids": _by_axis(torch.cat(positions), parts)}
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    token = PROMPTS_IN_ROW.set(len(row))
+    used = expanded(cache, 1)
+    return _run(vlm, backbone, inputs, used, last, steps), used
+
+
+def _by_axis(positions: torch.Tensor, parts: Sequence[Continuations]) -> torch.Tensor:
+    """Positions int64 [T] of a row as a model takes them: [1, T], or [3, 1, T] where they have
+    three axes."""
+    axes = any(part.offset is not None for part in parts)
+    return positions[None].expand(3, 1, -1) if axes else positions[None]
+
+
+def _run(
+    vlm: VLM,
+    backbone: Callable[..., Any],
+    inputs: dict[str, torch.Tensor],
+    cache: Any,
+    places: torch.Tensor,
+    steps: Steps | None,
+) -> torch.Tensor:
+    """States float32 [N, L, d] at N places of one row that is run behind `cache`."""
+    token = PROMPTS_IN_ROW.set(len(places))
     try:
-        used = expanded(cache, 1)
-        with StateHooks(vlm, last, torch.zeros_like(last), steps) as hooks:
-            backbone(
-                **inputs,
-                **with_cache(backbone, used),
-                attention_mask=mask,
-                position_ids=position_ids,
-            )
+        with StateHooks(vlm, places, torch.zeros_like(places), steps) as hooks:
+            backbone(**inputs, **with_cache(backbone, cache))
     finally:
         PROMPTS_IN_ROW.reset(token)
-    return hooks.states(), used
+    return hooks.states()
 
 
 def expanded(cache: Any, rows: int) -> Any:

@@ -17,8 +17,9 @@ from cmrm.model.identity import State, state_of
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.shift.capture import capture_inputs
+from cmrm.shift.likeness import Reference, alike, distance
 from cmrm.shift.packing import Continuations, packed_states, side_by_side
-from cmrm.shift.prefix import REFUSALS, Encoded, Reference, SharedPrefix, alike, distance, in_a_line
+from cmrm.shift.prefix import REFUSALS, Encoded, SharedPrefix, in_a_line
 from cmrm.steering.hooks import refuse_inside_steering
 
 JOINT_TOKENS = 96

@@ -16,7 +16,7 @@ A prefix belongs to the object that runs it, never to the model (`shift.pair.Pre
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.shift.capture import StateHooks, Steps, capture_inputs
+from cmrm.shift.likeness import Reference, alike, distance
 from cmrm.shift.packing import (
     Continuations,
     Kept,
@@ -40,17 +41,6 @@ from cmrm.shift.packing import (
     window_of,
 )
 from cmrm.steering.hooks import refuse_inside_steering
-
-TOLERANCE = {torch.float32: 1e-3}
-HALF_TOLERANCE = 0.05
-"""Largest distance between a state by prefix and by a whole forward, over the state's norm:
-float32, 16-bit floats."""
-
-SHIFT_TOLERANCE = {torch.float32: 1e-3}
-HALF_SHIFT_TOLERANCE = 0.4
-"""The same distance over |h_t - h_c| of the layer, which is what is used. 16-bit rounding alone
-makes 0.05 to 0.15 of it on the demo VLM, between two batch sizes as between prefix and whole
-forward."""
 
 OTHER_TEXT = "\u2022"
 """Stands for any other request when the shared part is searched for."""
@@ -71,18 +61,6 @@ REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 """What models raise that do not continue from a cache, or take no mask for each pair of tokens."""
 
 Encoded = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """States of one prompt from a whole forward, and the differences that are to be measured."""
-
-    ids: torch.Tensor
-    """int64 [n], the prompt."""
-    states: torch.Tensor
-    """float32 [L, d]."""
-    scale: torch.Tensor
-    """float32 [L]: |h_t - h_c| of the layer."""
 
 
 class SharedPrefix:
@@ -412,27 +390,6 @@ class SharedPrefix:
         inputs = encode(self.vlm, requests)
         self.fresh_tokens += inputs["input_ids"].numel()
         return capture_inputs(self.vlm, inputs, steps)
-
-
-def distance(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest distance over layers of states [L, d], over the expected state's norm."""
-    return float(((states - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
-
-
-def alike(vlm: VLM, states: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether states [L, d] are those expected, relative to the state and to the difference that is
-    measured.
-
-    `scale` is float32 [L]: |h_t - h_c| of each layer; empty where it is not known.
-    """
-    dtype = vlm.model.dtype
-    if not distance(states, expected) <= TOLERANCE.get(dtype, HALF_TOLERANCE):
-        return False
-    if not len(scale):
-        return True
-    error = (states - expected).norm(dim=-1)
-    allowed = SHIFT_TOLERANCE.get(dtype, HALF_SHIFT_TOLERANCE) * scale
-    return bool((error <= allowed + 1e-6 * expected.norm(dim=-1)).all())
 
 
 def in_a_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from cmrm.shift.artifact import ShiftVectors
 from cmrm.shift.gap import upper_half
 from cmrm.steering.gate import Gate
 from cmrm.steering.intervention import Intervention, fill_intervention, shift_intervention
-from cmrm.steering.setting import Steering
+from cmrm.steering.setting import Steering, layer_ranges
 
 REMEDY = "give benign anchors (estimate_shift(vlm, harmful, benign), cmrm extract --benign)"
 
@@ -129,9 +129,10 @@ def _sequential(shift: ShiftVectors, steering: Steering) -> Steering:
         return replace(steering, layers=estimated)
     if steering.layers != estimated[: len(steering.layers)]:
         raise InputError(
-            f"the sequential vectors were estimated for decoder layers {_range(estimated)}, each "
-            f"with the lower ones steered; they cannot be used for {_range(steering.layers)}. Name "
-            "the first ones of them, or extract again with these layers"
+            "the sequential vectors were estimated for decoder layers "
+            f"{layer_ranges(estimated)}, each with the lower ones steered; they cannot be used for "
+            f"{layer_ranges(steering.layers)}. Name the first ones of them, or extract again with "
+            "these layers"
         )
     return steering
 
@@ -139,10 +140,3 @@ def _sequential(shift: ShiftVectors, steering: Steering) -> Steering:
 def nonzero_layers(vectors: torch.Tensor) -> tuple[int, ...]:
     """Layers whose vector [L, d] is not zero."""
     return tuple(vectors.any(dim=-1).nonzero().flatten().tolist())
-
-
-def _range(layers: tuple[int, ...]) -> str:
-    if not layers:
-        return "none"
-    whole = layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))

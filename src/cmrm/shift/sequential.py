@@ -27,8 +27,9 @@ from cmrm.prompts.conditions import Request
 from cmrm.prompts.sample import Sample
 from cmrm.shift.capture import Steps, capture_inputs
 from cmrm.shift.checkpoint import read_state, write_state
+from cmrm.shift.likeness import alike
 from cmrm.shift.packing import Continuations, Row, rows_of
-from cmrm.shift.prefix import SharedPrefix, alike
+from cmrm.shift.prefix import SharedPrefix
 from cmrm.shift.processes import gathered, process, total_over_processes
 
 MOST_BYTES = 2**30

@@ -70,8 +70,8 @@ class Edit:
                 f"the vector of decoder layer {self.layer} holds NaN or infinity; extract the "
                 "vectors again"
             )
-        given = {"fill": self.target, "oppose": self.origin, "affine": self.matrix}
-        for operator, tensor in given.items():
+        operands = {"fill": self.target, "oppose": self.origin, "affine": self.matrix}
+        for operator, tensor in operands.items():
             if (self.operator == operator) != (tensor is not None):
                 name = {"fill": "target", "oppose": "origin", "affine": "matrix"}[operator]
                 raise InputError(f"`{operator}` takes a {name}, the other operators none")
@@ -90,8 +90,8 @@ class Edit:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor that the edit holds."""
-        held = (self.vector, self.target, self.origin, self.matrix)
-        return tuple(tensor for tensor in held if tensor is not None)
+        tensors = (self.vector, self.target, self.origin, self.matrix)
+        return tuple(tensor for tensor in tensors if tensor is not None)
 
     def select(self, rows: Sequence[int]) -> Edit:
         """The same edit for some rows of a batch."""

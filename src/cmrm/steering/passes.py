@@ -91,10 +91,11 @@ class Pass:
         nothing = torch.zeros_like(inside)
         decided = conversation.decided.get(part.key, nothing)
         fresh = inside & ~decided
-        held = torch.where(fresh, rows_open, conversation.decisions.get(part.key, nothing))
+        before = conversation.decisions.get(part.key, nothing)
+        opened = torch.where(fresh, rows_open, before)
         conversation.decided = {**conversation.decided, part.key: decided | inside}
-        conversation.decisions = {**conversation.decisions, part.key: held}
-        return fresh, held
+        conversation.decisions = {**conversation.decisions, part.key: opened}
+        return fresh, opened
 
     def open_counts(self, part: Intervention) -> list[int]:
         """Number of tokens of each row at the positions of a gated intervention, 0 where its gate

@@ -203,6 +203,18 @@ def layer_numbers(layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+def layer_ranges(layers: Sequence[int]) -> str:
+    """`0-8, 12`: ascending layers for messages and tables; `none` without any."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][-1] + 1:
+            ranges[-1].append(layer)
+        else:
+            ranges.append([layer])
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges]
+    return ", ".join(shown) or "none"
+
+
 PRESETS = {"calibrated": Steering(), "paper": Steering(schedule="per_layer", positions="all")}
 """`paper`: the paper's letter. `calibrated`: the default fields, telescoped, so that alpha 1.0
 means the whole shift to first order; layers amplify what is added, and 1.0 may overshoot."""

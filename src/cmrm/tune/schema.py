@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from cmrm.errors import InputError
+from cmrm.measure.documents import read_document, validated
 from cmrm.measure.schema import ModelInfo, Part, RateCell
 
 SCHEMA: Literal["cmrm-tune/1"] = "cmrm-tune/1"
@@ -109,14 +108,7 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it has another form.
     """
-    try:
-        document = Tuned.model_validate({"schema": SCHEMA, **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"this is no result of `cmrm tune`: {place}: {first['msg']}") from None
-    written: dict[str, Any] = json.loads(document.model_dump_json(by_alias=True))
-    return written
+    return validated(Tuned, {"schema": SCHEMA, **values}, "this is no result of `cmrm tune`")
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
@@ -125,12 +117,4 @@ def read_tuned(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged, or of another schema.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} holds no result of `cmrm tune`: {error}") from None
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path} holds no result that this version reads: its schema is not {SCHEMA}"
-        )
-    return checked(values)
+    return checked(read_document(path, SCHEMA, "result of `cmrm tune`"))

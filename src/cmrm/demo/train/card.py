@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from cmrm.demo.loop import VQA, Bench, untouched, visual_questions
+from cmrm.demo.levels import untouched
+from cmrm.demo.loop import VQA, Bench, visual_questions
 from cmrm.demo.settings import FULL
 from cmrm.demo.vlm import load_demo
 from cmrm.engines.transformers import TransformersEngine

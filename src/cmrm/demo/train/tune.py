@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmrm.defenses import Defense
+from cmrm.demo.levels import dataset_level, sample_level, untouched
 from cmrm.demo.loop import (
     VQA,
     Bench,
-    dataset_level,
-    sample_level,
-    untouched,
     visual_questions,
 )
 from cmrm.demo.settings import CORRUPTION, LOWER, QUICK
@@ -25,7 +23,7 @@ from cmrm.measure.store import ReplyStore
 from cmrm.prompts.conditions import Condition
 from cmrm.prompts.ours import prompt_samples
 from cmrm.shift.estimate import Estimator
-from cmrm.steering.setting import Steering
+from cmrm.steering.setting import Steering, layer_ranges
 
 Level = Literal["none", "dataset", "sample"]
 
@@ -227,7 +225,7 @@ def _table_row(result: Result) -> str:
         result.candidate.estimator if result.candidate.level == "dataset" else "-",
         steering.schedule,
         steering.positions,
-        _layers(steering.layers),
+        "all" if steering.layers is None else layer_ranges(steering.layers),
         "yes" if steering.preserve_norm else "no",
         f"{steering.alpha:g}",
         percent(result.unsafe_rate),
@@ -235,9 +233,3 @@ def _table_row(result: Result) -> str:
         percent(result.accuracy),
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _layers(layers: tuple[int, ...] | None) -> str:
-    if layers is None:
-        return "all"
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 3 else "+".join(map(str, layers))

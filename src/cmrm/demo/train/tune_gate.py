@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmrm.defenses import Defense
-from cmrm.demo.loop import Bench, fill_level, fitted_shift, gated_level, untouched
+from cmrm.demo.levels import fill_level, fitted_shift, gated_level, untouched
+from cmrm.demo.loop import Bench
 from cmrm.measure.outcomes import Cell, joined
 from cmrm.prompts.conditions import Condition
 from cmrm.prompts.ours import prompt_samples
@@ -53,14 +54,14 @@ def tune_gate(bench: Bench, *, say: Callable[[str], None]) -> list[GateResult]:
     for mixed in (False, True):
         parts: dict[tuple[str, float | None], list[Cell]] = {}
         for fold in range(FOLDS):
-            fitted, held = [], []
+            fitted, answered = [], []
             for samples, assigned in zip((harmful, benign), folds, strict=True):
                 inside = (assigned == fold).tolist()
                 fitted.append([s for s, out in zip(samples, inside, strict=True) if not out])
-                held += [s for s, out in zip(samples, inside, strict=True) if out]
+                answered += [s for s, out in zip(samples, inside, strict=True) if out]
             shift = fitted_shift(bench.engine, fitted[0], fitted[1], mixed=mixed)
             for name, share, defense in _settings(shift, mixed=mixed):
-                parts.setdefault((name, share), []).append(bench.cell(held, defense))
+                parts.setdefault((name, share), []).append(bench.cell(answered, defense))
         for (name, share), cells in parts.items():
             results.append(_result(name, mixed, share, bench, joined(cells)))
     for result in results:
