@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli.grid import grid_budget, grid_finding, grid_sets, tune_grid
 from cmrm.cli.runs import PlacesOption, demo_variants, finish, parsed_places, print_preflight
 
 if TYPE_CHECKING:
@@ -88,6 +89,19 @@ def evaluate(
             "the reference."
         ),
     ] = None,
+    tune_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Tune every defence alike first, each with so many trials (12) or so much time "
+            "(5m); a row NAME@tuned for each. Needs --dev (demo: its own)."
+        ),
+    ] = None,
+    dev: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma list of sets to tune on: harmful, benign, questions; no test set."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for logs, replies, results and report.")] = Path(
         "grid"
     ),
@@ -108,11 +122,15 @@ def evaluate(
 ) -> None:
     """Unsafe rate, over-refusal and utility of a model: several defences, judges and sets.
 
+    With --tune-budget every defence that has settings is tuned first, all by the same budget, and
+    has a row with its source's settings and one with the tuned ones.
+
     Runs on Inspect (`inspect view --log-dir OUT/logs/DEFENCE` opens the logs). A run that was
     killed continues with the same command.
     """
     demo = model == c.DEMO
     c.need_inspect()
+    budget = None if tune_budget is None else grid_budget(tune_budget)
     c.quiet(offline=demo)
     from cmrm.errors import InputError
     from cmrm.prompts.columns import parse_columns
@@ -161,6 +179,7 @@ def evaluate(
         seed=seed,
         model_options=options,
         rater=rater,
+        tuned=dict.fromkeys(variants, "chosen on the demo's anchors"),
     )
     if plan.shift is not None:
         used = {
@@ -169,9 +188,20 @@ def evaluate(
             if plan.takes_shift(part) and isinstance(part, CmrmDataset)
         }
         print_nothing_recommended(plan.shift, used)
+    studied = None
+    if budget is not None:
+        studied = grid_sets(
+            plan, anchors, benign_anchors, dev, demo=demo, columns=columns, images=images,
+            on_error=on_error, partial=partial, seed=seed,
+        )  # fmt: skip
+    elif dev is not None:
+        raise InputError("--dev is what --tune-budget tunes on; name both")
     if dry_run:
-        print_preflight(plan, [], out, as_json)
+        findings = [] if studied is None else [grid_finding(plan, studied, tune_budget or "")]
+        print_preflight(plan, findings, out, as_json)
         return
+    if studied is not None and budget is not None:
+        plan = tune_grid(plan, studied, budget, out, demo=demo)
     with c.progress(plan.replies()) as (say, tick):
         results = run(plan, out, say=say, tick=tick)
     finish(results, out, as_json)

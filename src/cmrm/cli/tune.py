@@ -95,7 +95,7 @@ def tune(
     if size < 1 or tokens < 1:
         raise InputError("--batch-size and --max-new-tokens are at least 1")
     made = {name: make_judge(name) for name in c.parse_names(judges, "--judges")}
-    sets = _sets(
+    sets = study_sets(
         anchors, benign_anchors, dev, test, size, demo=demo, needs_fit=needs_fit, columns=columns,
         images=images,        on_error=on_error, partial=partial, seed=seed,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def tune(
         raise InputError(result["reason"])
 
 
-def parsed_budget(text: str) -> float:
+def parsed_budget(text: str, option: str = "--budget") -> float:
     """Seconds of `90s`, `20m` or `2h`.
 
     Raises:
@@ -135,11 +135,11 @@ def parsed_budget(text: str) -> float:
     match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", text.strip())
     seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
     if seconds <= 0:
-        raise InputError(f"--budget is {text[:40]!r}; it is a time such as 90s, 20m or 2h")
+        raise InputError(f"{option} is {text[:40]!r}; it is a time such as 90s, 20m or 2h")
     return seconds
 
 
-def _sets(
+def study_sets(
     anchors: str | None,
     benign_anchors: str | None,
     dev: str | None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cmrm.defenses import Defense, FitData, defense_names, make_defense
+from cmrm.defenses import Defense, FitData, base_name, defense_names, make_defense
 from cmrm.defenses.cmrm import CmrmDataset
 from cmrm.errors import InputError
 from cmrm.evaluate.defended import Settings, shift_settings
@@ -57,6 +57,8 @@ class Plan:
     """Chat model that rates open answers (LLaVA-Bench): `chat:MODEL` or `openai:MODEL@URL`."""
     set_conditions: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
     """Conditions of single sets, by their name, instead of `conditions`."""
+    tuned: Mapping[str, str] = field(default_factory=dict)
+    """Defences whose settings a search chose, and what the tables say of it."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -114,6 +116,23 @@ class Plan:
         """The parts of all defences, each name once, not fitted."""
         parts = (part for name in self.all_defenses for part in self.defense(name).parts)
         return list({part.name: part for part in parts}.values())
+
+    def origins(self) -> dict[str, str]:
+        """Where each defence's settings are from, in words."""
+        return {
+            name: " + ".join(dict.fromkeys(self._origin(part) for part in name.split("+")))
+            for name in self.all_defenses
+            if name != "none"
+        }
+
+    def _origin(self, part: str) -> str:
+        if part in self.tuned:
+            return self.tuned[part]
+        if part in self.settings:
+            return "given"
+        if self.takes_shift(make_defense(part)):
+            return "the artifact's"
+        return "source's default" if part == base_name(part) else "named variant"
 
     def takes_shift(self, part: Defense) -> bool:
         """Whether the part uses the vectors of the plan instead of being fitted."""

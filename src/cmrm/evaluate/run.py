@@ -90,7 +90,8 @@ def evaluate(
         "kind": "evaluation", "model": _model(plan, engine), "seed": plan.seed,
         "sets": [loaded.to_json() for loaded in plan.sets], "versions": library_versions(),
         "settings": {
-            "defenses": settings, "judges": list(plan.judges), "rater": plan.rater,
+            "defenses": settings, "origins": plan.origins(), "judges": list(plan.judges),
+            "rater": plan.rater,
             "max_new_tokens": plan.max_new_tokens, "batch_size": plan.batch_size,
         },
         "recipe": recipe,

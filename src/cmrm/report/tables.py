@@ -118,9 +118,19 @@ def gap_text(gap: Mapping[str, Any] | None) -> str:
     return f"{100 * gap['value']:.0f} % [{100 * gap['low']:.0f}, {100 * gap['high']:.0f}]"
 
 
+def origin_text(results: Results, defense: str) -> str:
+    """Where a defence's settings are from; a dash where the results do not say it."""
+    return str(results["settings"].get("origins", {}).get(defense, EMPTY))
+
+
 def outcome_table(results: Results, text: RateText = rate_text) -> Table:
     """A row for each defence and judge: the outcomes over all sets with their own images."""
-    columns = ["defence", "judge", *(f"unsafe, harm {where}" for where in WHERE.values())]
+    columns = [
+        "defence",
+        "setting",
+        "judge",
+        *(f"unsafe, harm {where}" for where in WHERE.values()),
+    ]
     columns += ["over-refusal", "accuracy", "generic"]
     rows = []
     for row in results["outcomes"]:
@@ -128,7 +138,8 @@ def outcome_table(results: Results, text: RateText = rate_text) -> Table:
             unsafe = row["unsafe"][judge]
             rates = [unsafe.get(harm) for harm in WHERE]
             rates += [row["over_refusal"].get(judge), row["accuracy"], row["generic"]]
-            rows.append([row["defense"], judge, *(or_dash(rate, text) for rate in rates)])
+            origin = origin_text(results, row["defense"])
+            rows.append([row["defense"], origin, judge, *(or_dash(rate, text) for rate in rates)])
     return without_empty(columns, rows)
 
 

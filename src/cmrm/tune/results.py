@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def tuned(
         },
         "artifact": ARTIFACT if best is not None and _extracts(search) else None,
         "seconds": round(search.seconds, 3),
-        "budget": options.budget,
+        "budget": None if isinf(options.budget) else options.budget,
         "seed": bench.seed,
         "versions": versions_info(),
         "machine": machine_info(),

@@ -96,7 +96,9 @@ class Tuned(Part):
     )
     artifact: str | None = Field(description="file beside this one; null where there is none")
     seconds: float = Field(description="of the whole study")
-    budget: float = Field(description="seconds that the last call was given for the whole study")
+    budget: float | None = Field(
+        description="seconds that the last call was given for the whole study; null: no limit"
+    )
     seed: int
     versions: dict[str, str]
     machine: dict[str, Any]
