@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,10 +52,7 @@ def evaluate(
             "cmrm_gated@demo."
         ),
     ] = "none",
-    settings: Annotated[
-        Path | None,
-        typer.Option(help='JSON: {"cmrm_dataset": {"alpha": 0.3, "layers": [15, 16]}, ...}.'),
-    ] = None,
+    settings: c.SettingsOption = None,
     shift: Annotated[
         str | None,
         typer.Option(
@@ -297,23 +293,13 @@ def _settings(
     path: Path | None, defenses: tuple[str, ...], variants: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Settings of the file at `path`, over those of the model's variants that are run."""
-    from cmrm.defenses import base_name, defense_names
     from cmrm.errors import InputError
 
     parts = {part for name in defenses for part in name.split("+")}
     settings = {name: values for name, values in variants.items() if name in parts}
     if path is None:
         return settings
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    mappings = isinstance(document, dict) and all(isinstance(v, dict) for v in document.values())
-    if not mappings:
-        raise InputError(f"{path} is no mapping of defence to settings")
-    unknown = sorted(name for name in document if base_name(name) not in defense_names())
-    if unknown:
-        raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
+    document = c.read_settings(path)
     stray = [name for name in document if name not in parts]
     if stray:
         raise InputError(

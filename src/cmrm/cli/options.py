@@ -88,6 +88,36 @@ LayersOption = Annotated[
 ]
 
 
+SettingsOption = Annotated[
+    Path | None,
+    typer.Option(help='JSON: {"cmrm_dataset": {"alpha": 0.3, "layers": [15, 16]}, ...}.'),
+]
+
+
+def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Settings by the name of the defence, from a JSON file; none without one.
+
+    Raises:
+        InputError: the file is no such mapping, or names an unknown defence.
+    """
+    from cmrm.defenses import base_name, defense_names
+    from cmrm.errors import InputError
+
+    if path is None:
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    mappings = isinstance(document, dict) and all(isinstance(v, dict) for v in document.values())
+    if not mappings:
+        raise InputError(f"{path} is no mapping of defence to settings")
+    unknown = sorted(name for name in document if base_name(name) not in defense_names())
+    if unknown:
+        raise InputError(f"{path} has settings for unknown defences: {', '.join(unknown)}")
+    return dict(document)
+
+
 def quiet(*, offline: bool = False) -> None:
     """Turn off the libraries' own bars and warnings; `offline` also keeps the hub out."""
     if offline:

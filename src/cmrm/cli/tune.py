@@ -24,7 +24,9 @@ TOKENS, DEMO_TOKENS = 48, 24
 
 def tune(
     model: c.ModelArgument,
-    defense: Annotated[str, typer.Option(help="Defence, or a variant of one (`cmrm defenses`).")],
+    defense: Annotated[
+        str, typer.Option(help="Defence, or a variant of one (`cmrm defenses`).")
+    ] = "cmrm_gated",
     anchors: Annotated[
         str | None,
         typer.Option(help="Harmful anchors with images, to fit on: file or named set."),

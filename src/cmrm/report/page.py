@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cmrm.errors import InputError, MissingExtraError
-from cmrm.files import atomic_path
 from cmrm.report import headline, tables
 from cmrm.report.balance import balance_table
 from cmrm.report.categories import category_table
 from cmrm.report.judged import correction_table, judge_lines
+from cmrm.report.rendering import environment, write_page
 from cmrm.report.tables import Results
 
 TITLES = {
@@ -24,9 +20,6 @@ TITLES = {
     "evaluation": "{model} under several defences",
     "replies": "How safe the replies of {model} are",
 }
-
-_FIGURE = re.compile(r"\S+(?: %| points)? \[[^\]]*\]|\S+ %")
-"""`12.5 % [7.1, 20.9]`, `16.0 %`."""
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -41,15 +34,7 @@ def write_report(results: Results, out: Path) -> Path:
         InputError: `out` cannot be written to.
     """
     page, images = rendered(results)
-    try:
-        for name, png in images.items():
-            with atomic_path(out / f"{name}.png") as part:
-                part.write_bytes(png)
-        with atomic_path(out / "report.html") as part:
-            part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write the report into {out}: {error}") from None
-    return out / "report.html"
+    return write_page(page, images, out, "report")
 
 
 def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
@@ -60,60 +45,43 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
     """
     from cmrm.report.plots import pictures
 
-    try:
-        from jinja2 import Environment
-    except ImportError:
-        raise MissingExtraError(
-            "the report needs jinja2; pip install 'cmrm[eval]' (or 'cmrm[demo]') brings it"
-        ) from None
-
     results = json.loads(json.dumps(results, sort_keys=True))  # as a file has them
     drawn = pictures(results)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "base64": _base64, "sort_key": tables.sort_key, "label": tables.label, "tied": _tied
-    }  # fmt: skip
-    source = files("cmrm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
-        r=results,
-        title=_title(results),
-        cards=headline.cards(results),
-        figures=drawn,
-        headline=_headline(results),
-        balance=balance_table(results),
-        gap_points=_gap_points(results),
-        groups=tables.group_table(results),
-        reasons=tables.reason_table(results),
-        outcomes=tables.outcome_table(results),
-        cells=tables.cell_table(results),
-        gaps=tables.gap_table(results),
-        categories=category_table(results),
-        sweep=tables.sweep_table(results),
-        comparisons=tables.comparison_table(results),
-        agreement=_agreement(results),
-        judge_lines=judge_lines(results),
-        corrections=correction_table(results),
-        costs=tables.cost_table(results),
-        targets=tables.target_rows((results["recipe"] or {}).get("targets", ())),
-        examples=_examples(results),
-        settings=_settings(results),
+    page = (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            r=results,
+            title=_title(results),
+            cards=headline.cards(results),
+            figures=drawn,
+            headline=_headline(results),
+            balance=balance_table(results),
+            gap_points=_gap_points(results),
+            groups=tables.group_table(results),
+            reasons=tables.reason_table(results),
+            outcomes=tables.outcome_table(results),
+            cells=tables.cell_table(results),
+            gaps=tables.gap_table(results),
+            categories=category_table(results),
+            sweep=tables.sweep_table(results),
+            comparisons=tables.comparison_table(results),
+            agreement=_agreement(results),
+            judge_lines=judge_lines(results),
+            corrections=correction_table(results),
+            costs=tables.cost_table(results),
+            targets=tables.target_rows((results["recipe"] or {}).get("targets", ())),
+            examples=_examples(results),
+            settings=_settings(results),
+        )
     )
     return page, {name: picture.light for name, picture in drawn.items()}
-
-
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
 
 
 def _title(results: Results) -> str:
     models = [group["name"] for group in results["groups"] if group["by"] == "model"]
     name = f"{len(models)} models" if models else results["model"]["id"]
     return TITLES[results["kind"]].format(model=name)
-
-
-def _tied(cell: str) -> str:
-    """A cell whose figure is not parted from its interval at the end of a line."""
-    return _FIGURE.sub(lambda match: match[0].replace(" ", "\u00a0"), cell)
 
 
 def _headline(results: Results) -> tables.Table:

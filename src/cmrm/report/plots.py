@@ -55,17 +55,29 @@ class Picture:
 
 def pictures(results: Results) -> dict[str, Picture]:
     """Every figure that the results have data for, by name."""
-    drawn = {}
-    for name, (draw, alt) in FIGURES.items():
+    return drawn(FIGURES, results)
+
+
+def drawn(
+    figures: Mapping[str, tuple[Callable[[Any], Figure | None], str]], document: Any
+) -> dict[str, Picture]:
+    """Every figure that a document has data for, by name, on light and on dark paper.
+
+    Args:
+        figures: name -> how it is drawn (None without data), and its alternative text.
+        document: what it is drawn from.
+    """
+    made = {}
+    for name, (draw, alt) in figures.items():
         images = []
         for ink, faint, paper in (LIGHT, DARK):
             with mpl.rc_context(_style(ink, faint, paper)):
-                figure = draw(results)
+                figure = draw(document)
                 images.append(None if figure is None else _png(figure))
         light, dark = images
         if light is not None and dark is not None:
-            drawn[name] = Picture(name, alt, light, dark)
-    return drawn
+            made[name] = Picture(name, alt, light, dark)
+    return made
 
 
 def _style(ink: str, faint: str, paper: str) -> Any:

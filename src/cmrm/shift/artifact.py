@@ -138,9 +138,15 @@ class Artifact:
             reason = " ".join(f"{error}".split())[:200] or type(error).__name__
             raise ArtifactError(f"{source} is not a whole artifact of cmrm: {reason}") from None
 
-    def check(self, vlm: VLM) -> None:
+    def check(self, vlm: VLM, *, other_weights: bool = False) -> None:
         """Refuse a model that these tensors do not belong to; see `model.identity` for what is
         compared.
+
+        Args:
+            vlm: the model.
+            other_weights: accept another checkpoint of the same shape, such as a fine-tune: layer
+                count, width and architecture alone are compared. Whether the vectors are worth
+                anything there has to be measured.
 
         Raises:
             ArtifactError: layer count, width, architecture, config, weights, processor or chat
@@ -157,6 +163,8 @@ class Artifact:
             for name, (there, here) in pairs.items()
             if there not in (here, "unknown")
         ]
+        if other_weights and not wrong:
+            return
         if self.identity is None:  # an old file, which knows no more than its config
             from cmrm.shift.old_formats import old_config_hash
 
@@ -358,13 +366,13 @@ class ShiftVectors:
         text = card(self.provenance, self.recommended, repo_id=repo_id, records=self.records)
         return push(repo_id, self.save, text, private=private, token=token, message=commit_message)
 
-    def check(self, vlm: VLM) -> None:
+    def check(self, vlm: VLM, *, other_weights: bool = False) -> None:
         """Refuse a model that these vectors do not belong to; see `Artifact.check`.
 
         Raises:
             ArtifactError: the models differ; the differences are named.
         """
-        self._as_artifact().check(vlm)
+        self._as_artifact().check(vlm, other_weights=other_weights)
 
 
 def _digest(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

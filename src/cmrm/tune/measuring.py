@@ -15,6 +15,7 @@ from cmrm.measure.loop import Answering, measure_cell
 from cmrm.measure.outcomes import Cell, joined
 from cmrm.measure.store import ReplyStore
 from cmrm.measure.table import cell_row
+from cmrm.prompts.conditions import Condition
 from cmrm.tune.choose import Objectives
 from cmrm.tune.sets import Dev
 
@@ -43,12 +44,13 @@ class Bench:
     tick: Callable[[int], None] = field(default=lambda n: None)
     """Called after each batch with its number of requests."""
 
-    def cell(self, dev: Dev, defense: Defense) -> Cell:
+    def cell(self, dev: Dev, defense: Defense, condition: Condition = Condition.ORIGINAL) -> Cell:
         """Judged replies to the samples; harmful, benign and others are never in one batch."""
         return joined([
             measure_cell(
                 Answering(self.engine, defense, Decoding(tokens), self.store), part, self.judges,
-                name="dev", batch_size=self.batch_size, seed=self.seed, on_batch=self.tick,
+                name="dev", condition=condition, batch_size=self.batch_size, seed=self.seed,
+                on_batch=self.tick,
             )
             for part, tokens in (
                 (dev.harmful, self.max_new_tokens), (dev.benign, self.max_new_tokens),

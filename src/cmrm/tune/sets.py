@@ -46,16 +46,28 @@ class Dev:
         Raises:
             InputError: no rate can come from them, two share an id, or one has no image.
         """
-        check_unique(samples)
-        kinds: dict[str, list[Sample]] = {}
-        for sample in samples:
-            kinds.setdefault(kind_of(sample), []).append(sample)
-        for kind, figure in (("harmful", "the unsafe rate"), ("benign", "over-refusal")):
-            if kind not in kinds:
+        dev = cls.some(samples)
+        for part, kind, figure in (
+            (dev.harmful, "harmful", "the unsafe rate"), (dev.benign, "benign", "over-refusal"),
+        ):  # fmt: skip
+            if not part:
                 raise InputError(
                     f"the dev set has no {kind} samples, on which {figure} is measured; label some "
                     f"of them {kind} (a setting that refuses everything would be chosen otherwise)"
                 )
+        return dev
+
+    @classmethod
+    def some(cls, samples: Sequence[Sample]) -> Dev:
+        """As `of`, for a set in which kinds may be missing.
+
+        Raises:
+            InputError: nothing can be measured on it, two samples share an id, or one has no image.
+        """
+        check_unique(samples)
+        kinds: dict[str, list[Sample]] = {}
+        for sample in samples:
+            kinds.setdefault(kind_of(sample), []).append(sample)
         dev = cls(*(tuple(kinds.get(kind, ())) for kind in ("harmful", "benign", "utility")))
         blind = [sample.id for sample in dev.samples if sample.image is None]
         if blind:
@@ -63,7 +75,19 @@ class Dev:
                 f"{len(blind)} of {len(dev.samples)} dev samples have no image (the first: "
                 f"{shortened(blind[0])!r}); defences act on requests with an image alone"
             )
+        if samples and not dev.samples:
+            raise InputError(
+                "no dev sample is labelled harmful or benign, or has an answer: nothing can be "
+                "measured"
+            )
         return dev
+
+    def drawn(self, limit: int | None) -> Dev:
+        """So many samples of each kind, drawn by the hash of their ids; all with None."""
+        return Dev(*(
+            tuple(drawn_by_hash(part, limit))
+            for part in (self.harmful, self.benign, self.questions)
+        ))  # fmt: skip
 
     @property
     def parts(self) -> tuple[tuple[Sample, ...], ...]:
