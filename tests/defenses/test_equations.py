@@ -68,6 +68,31 @@ def test_what_is_not_fitted_says_so(
         again.load(path, engine)
 
 
+@pytest.mark.parametrize(
+    ("name", "same", "other"),
+    [
+        ("cast", {"alpha": 2.0}, {"false_alarms": 0.2}),
+        ("cmrm_dataset", {"alpha": 2.0, "layers": [1]}, {"estimator": "mean"}),
+        ("cmrm_gated", {"alpha": 0.5}, {"false_alarms": 0.2}),
+        ("cmrm_fill", {"alpha": 0.5}, {"mixed": True}),
+        ("null_space", {}, {"rank": 2}),
+    ],
+)
+def test_fitted_tensors_belong_to_settings(
+    engine: TransformersEngine, tmp_path: Path, data: FitData, name: str, same: dict[str, Any],
+    other: dict[str, Any],
+) -> None:  # fmt: skip
+    path = tmp_path / "state.safetensors"
+    defense = fitted(engine, data, name)
+    defense.save(path, engine)
+    again = make_defense(name, {name: same})
+    again.load(path, engine)
+    assert again.fingerprint() == defense.fingerprint()
+    assert again.records == defense.records
+    with pytest.raises(ArtifactError, match="was fitted with"):
+        make_defense(name, {name: other}).load(path, engine)
+
+
 def test_dataset_level_adds_the_estimated_vectors(
     engine: TransformersEngine, data: FitData
 ) -> None:

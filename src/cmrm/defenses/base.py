@@ -8,6 +8,7 @@ A defence asks an `Engine`, never a model, and describes what is done to the res
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class FitData:
     def all(self) -> tuple[Sample, ...]:
         """Every sample."""
         return (*self.harmful, *self.benign, *self.more)
+
+
+FITTED_WITH = "fitted_with"
+"""Record of a saved defence: the settings that its tensors depend on."""
 
 
 class Defense:
@@ -137,14 +142,15 @@ class Defense:
         Raises:
             ArtifactError: the place cannot be written to.
         """
-        engine.artifact(self.state, self.name, self.gate, self.records).save(path)
+        records = {**self.records, FITTED_WITH: self._fitted_with()}
+        engine.artifact(self.state, self.name, self.gate, records).save(path)
 
     def load(self, path: Path, engine: Engine) -> None:
         """Read `state` as `save` wrote it.
 
         Raises:
-            ArtifactError: the file is damaged, belongs to another defence, or was fitted on another
-                model.
+            ArtifactError: the file is damaged, belongs to another defence, was fitted with other
+                settings, or on another model.
         """
         artifact = Artifact.load(path)
         fitted = artifact.provenance.estimator
@@ -152,9 +158,21 @@ class Defense:
             raise ArtifactError(
                 f"{path} holds no fitted {self.name}, but {fitted or 'shift vectors'}"
             )
+        records = dict(artifact.records)
+        made = records.pop(FITTED_WITH, None)
+        if made not in (None, self._fitted_with()):
+            raise ArtifactError(
+                f"{path} was fitted with {made['settings']}, not with "
+                f"{self._fitted_with()['settings']}; fit {self.name} again, or name those settings"
+            )
         engine.accept(artifact)
         self.state = dict(artifact.tensors)
-        self.gate, self.records = artifact.gate, dict(artifact.records)
+        self.gate, self.records = artifact.gate, records
+
+    def _fitted_with(self) -> dict[str, str]:
+        """What `fit` depended on, as text; all settings where the defence does not say it."""
+        made = self.settings if self.fitted_by is None else self.fitted_by
+        return {"settings": json.dumps(made, default=str)}
 
     def fingerprint(self) -> str:
         """Hex sha256 of the fitted tensors."""

@@ -86,6 +86,12 @@ class Cast(Defense):
             LayerRange(engine.n_layers - 1, low=1),
         )  # fmt: skip
 
+    @property
+    def fitted_by(self) -> tuple[object, ...]:
+        """What the condition depends on: its false alarms, and the lowest steered layer."""
+        layers = self.steering.layers
+        return (self.false_alarms, None if layers is None else min(layers))
+
     def fit(self, engine: Engine, data: FitData) -> None:
         """Behaviour vectors of every layer, and the condition's gate."""
         self.check(engine)
