@@ -13,6 +13,7 @@ from cmrm.cli.defenses import defenses
 from cmrm.cli.demo import app as demo_app
 from cmrm.cli.diagnose import diagnose
 from cmrm.cli.evaluate import evaluate
+from cmrm.cli.export import app as export_app
 from cmrm.cli.extract import extract
 from cmrm.cli.families import families
 from cmrm.cli.generate import generate
@@ -40,6 +41,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")
+app.add_typer(export_app, name="export")
 
 
 def _version(wanted: bool) -> None:
