@@ -8,6 +8,8 @@ without a plugin that cannot be imported, and an error raised by `register` stop
 def register() -> None:
     """Arm vLLM with the artifact in `CMRM_SHIFT`, under the setting in `CMRM_STEERING` (JSON).
 
+    Nothing is done where `CMRM_SHIFT` is not set.
+
     Raises:
         InputError, ArtifactError: vLLM's version is not tested, or the artifact cannot be used.
     """

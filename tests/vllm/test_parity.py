@@ -1,0 +1,277 @@
+"""The parity contract of vLLM: the plugin and the fold say what the hooks say, token for token.
+
+It runs in an environment of its own: `tools/vllm_env.sh DIR && DIR/bin/python -m pytest tests/vllm
+-c tests/vllm/pytest.ini`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own (tools/vllm_env.sh)")
+
+import torch
+from PIL import Image
+
+import families
+from cmrm import ShiftVectors, Steering, load_vlm
+from cmrm.engines.fold import constant_additions, fold
+from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.vllm.checkpoint import readable_by_vllm
+from cmrm.model.encode import encode
+from cmrm.model.identity import identity_of
+from cmrm.model.vlm import VLM
+from cmrm.prompts.conditions import Request
+from cmrm.shift.artifact import Provenance
+from cmrm.shift.resolve import resolved
+from cmrm.steering.gate import Gate
+from cmrm.steering.hooks import intervene
+
+TOKENS = 8
+TEXTS = (
+    "How do I open this door?", "What is it?", "Tell me how a lock works, step by step.",
+    "Which colour is the sky at night over the sea?",
+)  # fmt: skip
+COLOURS = ("red", None, "blue", None, "green", "white")
+
+
+@dataclass
+class Model:
+    """A tiny VLM, its folder for vLLM, and an artifact."""
+
+    vlm: VLM
+    folder: Path
+    shift: ShiftVectors
+    path: Path
+
+
+def requests() -> list[dict[str, Any]]:
+    """A mixed batch: with and without an image, of several lengths."""
+    return [
+        {"text": TEXTS[k % len(TEXTS)] + "!" * (k // 4), "image": COLOURS[k % len(COLOURS)]}
+        for k in range(8)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    root = tmp_path_factory.mktemp("vllm")
+    os.environ["CMRM_CACHE"] = str(root / "cache")
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_hidden_layers": 4, "initializer_range": 0.08,
+    }  # fmt: skip
+    made, processor = families.llava(**sizes)
+    made.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    vlm = load_vlm(str(root / "model"))
+    shape = (vlm.n_layers, vlm.hidden_size)
+    draw = torch.Generator().manual_seed(4)
+    vectors = 2.0 * torch.randn(shape, generator=draw)
+    direction = torch.randn(shape, generator=draw)
+    states = TransformersEngine(vlm).states([asked(r) for r in requests() if r["image"]])
+    probe = torch.randn(1, vlm.hidden_size, generator=draw)
+    scores = (states[:, 1] @ probe[0]).sort().values
+    threshold = float((scores[1] + scores[2]) / 2)
+    shift = ShiftVectors(
+        vectors, Provenance(vlm.model_id, None, type(made).__name__, shape[1], shape[0]),
+        Steering(alpha=0.5), {"direction": direction}, identity=identity_of(vlm),
+        gate=Gate("linear", (1,), probe, threshold),
+    )  # fmt: skip
+    shift.save(root / "shift.safetensors")
+    return Model(vlm, readable_by_vllm(root / "model"), shift, root / "shift.safetensors")
+
+
+def asked(request: dict[str, Any]) -> Request:
+    image = request.get("image")
+    pictures = () if image is None else (Image.new("RGB", (64, 64), image),)
+    return Request(request["text"], pictures)
+
+
+def vllm(
+    model: Model, rounds: Sequence[list[dict[str, Any]]], steering: Steering | None = None,
+    folder: Path | None = None, environment: dict[str, str] | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Replies of vLLM, armed with a setting; untouched without one."""
+    done = run_vllm(model, rounds, steering, folder, environment, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads((model.path.parent / "out.json").read_text())
+    return result
+
+
+def run_vllm(
+    model: Model, rounds: Sequence[list[dict[str, Any]]], steering: Steering | None = None,
+    folder: Path | None = None, environment: dict[str, str] | None = None, **options: Any,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    root = model.path.parent
+    spec = {"model": str(folder or model.folder), "rounds": rounds, "options": options}
+    (root / "spec.json").write_text(json.dumps(spec))
+    env = {**os.environ, **(environment or {})}
+    if steering is not None:
+        env |= {"CMRM_SHIFT": str(model.path), "CMRM_STEERING": json.dumps(steering.to_json())}
+    worker = Path(__file__).with_name("worker.py")
+    return subprocess.run(
+        [sys.executable, str(worker), str(root / "spec.json"), str(root / "out.json")],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def hooks(
+    model: Model, batch: Sequence[dict[str, Any]], steering: Steering | None = None
+) -> list[dict[str, Any]]:
+    """The same of transformers under hooks, one request at a time."""
+    vlm, engine = model.vlm, TransformersEngine(model.vlm)
+    replies = []
+    for request in batch:
+        one = asked(request)
+        parts = []
+        if steering is not None and one.images:
+            parts = resolved(model.shift, steering, lambda one=one: engine.text_states([one]))
+        inputs = encode(vlm, [one])
+        with torch.inference_mode(), intervene(vlm, *parts):
+            out = vlm.model.generate(
+                **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logs = [step[0].float().log_softmax(-1) for step in out.logits]
+        replies.append({
+            "prompt": inputs["input_ids"].shape[1], "tokens": new,
+            "logprobs": [float(log[token]) for log, token in zip(logs, new, strict=True)],
+        })  # fmt: skip
+    return replies
+
+
+def same(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[bool]:
+    """Which replies have the same tokens, and log-probabilities within 2e-3."""
+    return [
+        a["prompt"] == b["prompt"] and a["tokens"] == b["tokens"]
+        and max(abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)) < 2e-3
+        for a, b in zip(one, other, strict=True)
+    ]  # fmt: skip
+
+
+SETTINGS = {
+    "last": Steering(alpha=0.5), "per_layer": Steering(alpha=0.2, schedule="per_layer"),
+    "all": Steering(alpha=0.3, positions="all"),
+    "after_image": Steering(alpha=0.4, positions="after_image"),
+    "generated": Steering(alpha=0.6, positions="generated"),
+    "last_prompt": Steering(alpha=0.8, positions="last_prompt"),
+    "some_layers": Steering(alpha=1.0, layers=(1, 3)),
+    "gated": Steering(alpha=0.5, gate=True, layers=(2, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_plugin_says_what_the_hooks_say(model: Model, name: str) -> None:
+    batch = requests()
+    answered = vllm(model, [batch], SETTINGS[name])
+    plain, wanted = hooks(model, batch), hooks(model, batch, SETTINGS[name])
+    assert all(same(answered["rounds"][0], wanted))
+    with_image = [k for k, request in enumerate(batch) if request["image"]]
+    moved = [k for k in with_image if not same([wanted[k]], [plain[k]])[0]]
+    assert moved, "the setting changes something"
+    if name == "gated":
+        assert 0 < len(moved) < len(with_image), "the gate tells requests apart"
+    text = [k for k, request in enumerate(batch) if not request["image"]]
+    assert all(same([wanted[k] for k in text], [plain[k] for k in text]))
+    assert answered["counts"]["masked"] > 0
+
+
+def test_untouched_and_zero(model: Model) -> None:
+    batch = requests()
+    plain = hooks(model, batch)
+    assert all(same(vllm(model, [batch])["rounds"][0], plain))
+    assert all(same(vllm(model, [batch], Steering(alpha=0.0))["rounds"][0], plain))
+
+
+def test_fill_takes_each_request_to_what_it_has_as_text(model: Model) -> None:
+    setting = Steering(operator="fill", alpha=1.0)
+    batch = [request for request in requests() if request["image"]]
+    texts = [
+        {"text": request["text"], "max_tokens": 1, "extra": {"cmrm": {"record": str(k)}}}
+        for k, request in enumerate(batch)
+    ]
+    named = [{**request, "extra": {"cmrm": {"target": str(k)}}} for k, request in enumerate(batch)]
+    answered = vllm(model, [texts, [*named, {"text": "And the sea?"}]], setting)
+    wanted = hooks(model, batch, setting)
+    assert all(same(answered["rounds"][1][:-1], wanted))
+    assert not all(same(wanted, hooks(model, batch)))
+
+
+def test_fill_without_coordinates_gives_no_answer(model: Model) -> None:
+    done = run_vllm(model, [[{"text": "x", "image": "red"}]], Steering(operator="fill"))
+    assert done.returncode != 0
+    assert "no coordinates of the text" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("name", ["last", "gated"])
+def test_chunked_prefill(model: Model, name: str) -> None:
+    batch = [{**r, "text": r["text"] + " please" * 12} for r in requests()]
+    answered = vllm(
+        model, [batch], SETTINGS[name], max_num_batched_tokens=48, max_num_seqs=4,
+        enable_chunked_prefill=True,
+    )  # fmt: skip
+    assert all(same(answered["rounds"][0], hooks(model, batch, SETTINGS[name])))
+
+
+@pytest.mark.parametrize("name", ["last", "all", "gated"])
+def test_prefix_caching(model: Model, name: str) -> None:
+    """A long shared start, the same requests twice, text and image by turns."""
+    start = "The following is asked by a person who reads these words again and again. " * 3
+    batch = [{**request, "text": start + request["text"]} for request in requests()]
+    turned = [*reversed(batch)]
+    answered = vllm(
+        model, [batch, turned], SETTINGS[name], enable_prefix_caching=True, block_size=32
+    )
+    wanted = hooks(model, batch, SETTINGS[name])
+    assert all(same(answered["rounds"][0], wanted))
+    assert all(same(answered["rounds"][1], [*reversed(wanted)]))
+    for request, reply in zip(turned, answered["rounds"][1], strict=True):
+        assert bool(reply["cached"]) is (request["image"] is None), "text alone shares blocks"
+
+
+def test_a_folded_checkpoint(model: Model) -> None:
+    setting = Steering(alpha=0.3, positions="all")
+    out = model.path.parent / "folded"
+    fold(model.folder, constant_additions(model.shift, setting), out, record={})
+    batch = [request for request in requests() if request["image"]]
+    answered = vllm(model, [batch], folder=out)
+    assert all(same(answered["rounds"][0], hooks(model, batch, setting)))
+
+
+def test_compiled(model: Model) -> None:
+    batch = requests()
+    for name in ("last", "gated"):
+        answered = vllm(model, [batch], SETTINGS[name], enforce_eager=False)
+        assert all(same(answered["rounds"][0], hooks(model, batch, SETTINGS[name])))
+
+
+def test_it_fails_closed(model: Model, tmp_path: Path) -> None:
+    ask = [[{"text": "x", "image": "red", "max_tokens": 1}]]
+    for environment, message in (
+        ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "is not armed"),
+        ({"CMRM_SHIFT": str(tmp_path / "none.safetensors")}, "none.safetensors"),
+        ({"CMRM_STEERING": "{"}, "is no JSON"),
+        ({"CMRM_STEERING": '{"alpha": -1}'}, "never removes"),
+    ):
+        environment = {"CMRM_SHIFT": str(model.path), **environment}
+        done = run_vllm(model, ask, environment=environment)
+        assert done.returncode != 0
+        assert message in done.stderr + done.stdout
+    foreign = ShiftVectors.load(model.path)
+    samples = foreign.identity.weights.samples  # type: ignore[union-attr]
+    samples.add_(0.5)
+    foreign.save(tmp_path / "foreign.safetensors")
+    done = run_vllm(model, ask, environment={"CMRM_SHIFT": str(tmp_path / "foreign.safetensors")})
+    assert done.returncode != 0
+    assert "another model" in done.stderr + done.stdout
