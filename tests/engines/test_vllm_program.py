@@ -53,13 +53,12 @@ def test_chunks_do_not_change_which_tokens_are_steered(
     whole = steered_tokens(Row(0, first + count, prompt, image, 0), positions)  # type: ignore[arg-type]
     part = steered_tokens(Row(first, count, prompt, image, 0), positions)  # type: ignore[arg-type]
     assert (whole[first:] == part).all()
-    expected = {
-        "last": lambda k: k >= prompt - 1, "all": lambda k: True,
-        "after_image": lambda k: k >= (image or 0), "generated": lambda k: k >= prompt,
-        "last_prompt": lambda k: k == prompt - 1,
-    }[positions]  # fmt: skip
     for place, steered in enumerate(part, first):
-        assert steered == (image is not None and expected(place))
+        expected = {
+            "last": place >= prompt - 1, "all": True, "after_image": place >= (image or 0),
+            "generated": place >= prompt, "last_prompt": place == prompt - 1,
+        }[positions]  # fmt: skip
+        assert steered == (image is not None and expected)
 
 
 def test_add_in_a_mixed_batch() -> None:

@@ -22,6 +22,7 @@ from cmrm.cli.judge import judge
 from cmrm.cli.judges import app as judges_app
 from cmrm.cli.reproduce import reproduce
 from cmrm.cli.rescore import rescore
+from cmrm.cli.serve import serve
 from cmrm.cli.sets import sets
 from cmrm.cli.sweep import sweep
 from cmrm.cli.tune import tune
@@ -37,7 +38,7 @@ app = typer.Typer(
 app.add_typer(demo_app, name="demo")
 for command in (
     judge, diagnose, extract, generate, tune, sweep, evaluate, rescore, reproduce, inspect, check,
-    sets, defenses, families,
+    serve, sets, defenses, families,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")

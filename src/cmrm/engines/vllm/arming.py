@@ -34,6 +34,10 @@ MARGIN = 512
 """Tokens of padding that a captured graph may have beyond those of a batch."""
 SLOTS = 8
 """Decisions that are held, for each request that a batch can have."""
+SELF_TEST_TOKENS = 8
+"""Of the passes that show at the start that steering works."""
+SELF_TEST_TARGET = 1e3
+"""Coordinate that `fill` is asked for there."""
 MOST_RECORDS = 10_000
 """Recorded coordinates that wait for their request; the oldest ones go first."""
 REQUEST_KEY = "cmrm"
@@ -78,6 +82,13 @@ def arm_vllm() -> None:
             _wrap(runner, "load_model", _after_loading)
     _wrap(GPUModelRunner, "_preprocess", _before_step)
     _wrap(GPUModelRunner, "_dummy_run", _before_dummy)
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for worker in (Worker, CPUWorker):
+        if "compile_or_warm_up_model" in vars(worker):
+            _wrap(worker, "compile_or_warm_up_model", _after_warm_up)
+    Worker.cmrm_status = status
 
 
 def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
@@ -91,9 +102,12 @@ def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
     text = environment.get("CMRM_STEERING")
     if text:
         try:
-            steering = Steering.from_json(json.loads(text))
+            values = json.loads(text)
         except ValueError as error:
             raise InputError(f"CMRM_STEERING is no JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError("CMRM_STEERING is no JSON object of settings")
+        steering = Steering.from_json(values)
     return Program.of(shift, steering), shift
 
 
@@ -294,9 +308,64 @@ def _board(runner: Any) -> Board:
     return board
 
 
+def status(worker: Any) -> dict[str, Any]:
+    """What a worker says of its steering: the program, and tokens so far."""
+    runner = worker.model_runner
+    _board(runner)
+    armed = _state["armed"]
+    return {
+        "armed": True, "program": armed.program.key, "positions": armed.program.positions,
+        "layers": len(armed.program.layers), "gated": armed.program.gate is not None,
+        **runner.cmrm_counts,
+    }  # fmt: skip
+
+
+def _after_warm_up(original: Callable[..., Any], worker: Any, *args: Any, **more: Any) -> Any:
+    outcome = original(worker, *args, **more)
+    runner = worker.model_runner
+    if not getattr(runner, "cmrm_tested", False):
+        _self_test(runner)
+        runner.cmrm_tested = True
+    return outcome
+
+
+def _self_test(runner: Any) -> None:
+    """Show on passes that answer nobody that steered tokens move, and that others do not.
+
+    Raises:
+        ModelError: they do not, or they do.
+    """
+    board, program = _board(runner), _state["armed"].program
+    moving = any(bool(tensor.any()) for tensor in program.adds.values()) or bool(program.fills)
+    n = min(SELF_TEST_TOKENS, runner.max_num_tokens)
+
+    def passed(steered: slice) -> torch.Tensor:
+        board.clear()
+        board.mask[steered] = 1.0
+        board.held.fill_(1.0)
+        board.slot[:n] = 0
+        board.target.fill_(SELF_TEST_TARGET)
+        runner.cmrm_testing = True
+        try:
+            states, _ = runner._dummy_run(n, force_attention=True)
+        finally:
+            runner.cmrm_testing = False
+            board.clear()
+            board.held.zero_()
+        return torch.as_tensor(states[:n]).float().clone()
+
+    plain, all_of_them = passed(slice(0, 0)), passed(slice(0, n))
+    again = passed(slice(0, 0))
+    if moving and bool((plain == all_of_them).all(dim=-1).any()):
+        raise ModelError("cmrm: the self-test failed, a steered token did not move; not started")
+    if not torch.equal(plain, again):
+        raise ModelError("cmrm: the self-test failed, an unsteered pass moved; not started")
+    _log.warning("cmrm: self-test passed on %d tokens", n)
+
+
 def _before_dummy(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
     """Passes that answer nobody steer nothing."""
-    if hasattr(runner, "cmrm_board"):
+    if hasattr(runner, "cmrm_board") and not getattr(runner, "cmrm_testing", False):
         runner.cmrm_board.clear()
     return original(runner, *args, **more)
 

@@ -21,7 +21,6 @@ os.environ.update({
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     from PIL import Image
-
     from vllm import LLM, SamplingParams
 
     options = {

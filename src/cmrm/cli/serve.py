@@ -1,0 +1,222 @@
+"""`cmrm serve`: vLLM's own OpenAI-compatible server, armed, with safe defaults."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmrm.cli import options as c
+
+if TYPE_CHECKING:
+    from cmrm.steering.setting import Steering
+
+NOWHERE = "none.invalid"
+"""A domain that cannot exist: the only one from which images may be fetched by default."""
+MOST_IMAGES = 4
+OWN = (
+    "--model", "--served-model-name", "--host", "--port", "--api-key", "--middleware",
+    "--trust-remote-code", "--limit-mm-per-prompt", "--allowed-media-domains",
+    "--allowed-local-media-path", "--enable-lora", "--speculative-config",
+    "--pipeline-parallel-size", "-pp", "--enable-prompt-embeds", "--config",
+)  # fmt: skip
+"""Options of vLLM that are set here, or under which steering was not shown to be right."""
+
+
+def serve(
+    model: c.ModelArgument,
+    shift: Annotated[str, typer.Option(help="Artifact of `cmrm extract` (file, folder, hub id).")],
+    host: Annotated[str, typer.Option(help="Address; beyond loopback an API key is needed.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients send.", envvar="CMRM_API_KEY")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model for clients; default: MODEL.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="Images a request.")] = MOST_IMAGES,
+    image_domains: Annotated[
+        str | None,
+        typer.Option(help="Comma list of domains that images may be fetched from; default: none."),
+    ] = None,
+    alpha: c.AlphaOption = None,
+    schedule: c.ScheduleOption = None,
+    positions: c.PositionsOption = None,
+    layers: c.LayersOption = None,
+    operator: c.OperatorOption = None,
+    gate: c.GateOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print vLLM's command and its environment, and stop.")
+    ] = False,
+    more: Annotated[
+        list[str] | None, typer.Argument(help="Further options of vLLM's server, after --.")
+    ] = None,
+) -> None:
+    """Serve a model whose requests with an image are steered; text-only requests are not.
+
+    vLLM answers (OpenAI's protocol). `/health` says whether steering is armed, `/metrics` counts
+    steered tokens. It needs an environment with vLLM: tools/vllm_env.sh, docs/engines.md.
+    """
+    from cmrm.engines.vllm.program import Program
+    from cmrm.errors import InputError
+    from cmrm.shift.artifact import ShiftVectors
+    from cmrm.shift.resolve import settled
+
+    options = list(more or ())
+    _check(host, port, api_key, max_images, options)
+    vectors = ShiftVectors.from_pretrained(shift)
+    named: dict[str, Any] = {
+        "alpha": alpha, "schedule": schedule, "positions": positions, "layers": layers,
+        "operator": operator, "gate": gate,
+    }  # fmt: skip
+    setting = settled(vectors, c.changed(vectors.recommended, **named))
+    program = Program.of(vectors, setting)
+    if program.fills:
+        raise InputError(
+            "a server cannot fill: it would need what each request has as text before it answers. "
+            "Serve the harm gate instead: --operator add --schedule sequential --gate"
+        )
+    if setting.alpha == 0:
+        raise InputError(
+            "alpha is 0, which leaves the model as it is; serve it without cmrm, or name --alpha"
+        )
+    if not dry_run:
+        _need_vllm()
+    folder = _served_folder(model)
+    command, environment = _command(
+        folder, name or model, shift, setting, host=host, port=port, api_key=api_key,
+        max_images=max_images, domains=image_domains, options=options,
+    )  # fmt: skip
+    if dry_run:
+        shown = [
+            f"{key}={'***' if key == 'VLLM_API_KEY' else _quoted(value)}"
+            for key, value in environment.items()
+        ]
+        typer.echo(" \\\n  ".join([*shown, *map(_quoted, command)]))
+        return
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _check(
+    host: str, port: int, api_key: str | None, max_images: int, options: Sequence[str]
+) -> None:
+    """Refuse what is not safe, or not known to be right.
+
+    Raises:
+        InputError: it is such a thing.
+    """
+    from cmrm.errors import InputError
+
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port is {port}; it is within 1..65535")
+    if max_images < 1:
+        raise InputError(f"--max-images is {max_images}; it is at least 1")
+    if not _is_loopback(host) and not api_key:
+        raise InputError(
+            f"{host} can be reached from other machines: name --api-key (or CMRM_API_KEY), or "
+            "serve on 127.0.0.1"
+        )
+    if api_key is not None and len(api_key) < 8:
+        raise InputError("--api-key has fewer than 8 characters")
+    for option in options:
+        name = option.split("=", 1)[0].replace("_", "-")
+        if name in OWN:
+            raise InputError(
+                f"{name} is set by `cmrm serve`, or steering was not shown to be right under it"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _need_vllm() -> None:
+    """Raises `InputError` where vLLM is missing, or a version that is not tested."""
+    from importlib.util import find_spec
+
+    from cmrm.errors import InputError
+
+    if find_spec("vllm") is None:
+        raise InputError(
+            "`cmrm serve` needs vLLM in the same environment: run tools/vllm_env.sh FOLDER, then "
+            "FOLDER/bin/cmrm serve (docs/engines.md)"
+        )
+    from cmrm.engines.vllm.arming import check_version
+
+    check_version()
+
+
+def _served_folder(model: str) -> Path:
+    """Folder of the checkpoint under the names that vLLM reads.
+
+    Raises:
+        InputError, ModelError: it is not here, or cannot be read.
+    """
+    from cmrm.engines.vllm.checkpoint import readable_by_vllm
+    from cmrm.errors import ModelError
+
+    if model == c.DEMO:
+        from cmrm.demo.vlm import demo_checkpoint
+
+        return readable_by_vllm(demo_checkpoint())
+    if Path(model).is_dir():
+        return readable_by_vllm(Path(model))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return readable_by_vllm(Path(snapshot_download(model)))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{model} is no folder, and cannot be fetched: {reason}") from None
+
+
+def _command(
+    folder: Path,
+    name: str,
+    shift: str,
+    setting: Steering,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_images: int,
+    domains: str | None,
+    options: Sequence[str],
+) -> tuple[list[str], Mapping[str, str]]:
+    """vLLM's command, and what is added to its environment."""
+    allowed = [NOWHERE] if domains is None else c.parse_names(domains, "--image-domains")
+    limits = json.dumps({"image": max_images, "video": 0, "audio": 0})
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+        "--served-model-name", name, "--host", host, "--port", str(port),
+        "--limit-mm-per-prompt", limits, "--allowed-media-domains", *allowed,
+        "--middleware", "cmrm.engines.vllm.http.Middleware", *options,
+    ]  # fmt: skip
+    environment = {
+        "CMRM_SHIFT": shift if not Path(shift).exists() else str(Path(shift).resolve()),
+        "CMRM_STEERING": json.dumps(setting.to_json()),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key
+    return command, environment
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

@@ -1,0 +1,132 @@
+"""`cmrm serve` without vLLM: what it would start, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli.commands import output, refused
+from cmrm import ShiftVectors, Steering
+from cmrm.engines.vllm import arming
+from cmrm.engines.vllm.arming import program_of
+from cmrm.engines.vllm.checkpoint import readable_by_vllm
+from cmrm.engines.vllm.program import Program
+from cmrm.errors import ArtifactError, InputError, ModelError
+from cmrm.shift.artifact import Provenance
+
+N, WIDTH = 3, 32
+
+
+@pytest.fixture
+def shift(tmp_path: Path) -> Path:
+    vectors = torch.randn(N, WIDTH)
+    made = Provenance("m", None, "LlavaForConditionalGeneration", WIDTH, N)
+    direction = {"direction": torch.randn(N, WIDTH)}
+    return ShiftVectors(vectors, made, Steering(alpha=0.3), direction).save(
+        tmp_path / "s.safetensors"
+    )
+
+
+def flat(text: str) -> str:
+    return " ".join(text.replace("\\\n", " ").split())
+
+
+def test_the_command_that_is_run(checkpoint: str, shift: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CMRM_CACHE", str(shift.parent / "cache"))
+    text = flat(output("serve", checkpoint, "--shift", shift, "--alpha", 0.5, "--dry-run"))
+    for words in (
+        f"CMRM_SHIFT={shift}", '"alpha": 0.5', "--host 127.0.0.1", "--port 8000",
+        "--allowed-media-domains none.invalid", '"image": 4, "video": 0, "audio": 0',
+        "cmrm.engines.vllm.http.Middleware", "VLLM_MEDIA_URL_ALLOW_REDIRECTS=0",
+        "vllm.entrypoints.openai.api_server",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "trust" not in text
+    more = flat(output(
+        "serve", checkpoint, "--shift", shift, "--host", "0.0.0.0", "--api-key", "a long secret",
+        "--image-domains", "a.org,b.org", "--max-images", 1, "--name", "mine", "--dry-run",
+        "--", "--max-model-len", "1024",
+    ))  # fmt: skip
+    assert "a long secret" not in more
+    assert "VLLM_API_KEY=***" in more
+    assert "--allowed-media-domains a.org b.org" in more
+    assert "--served-model-name mine" in more
+    assert more.endswith("--max-model-len 1024")
+
+
+def test_what_is_refused(checkpoint: str, shift: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ("serve", checkpoint, "--shift", shift, "--dry-run")
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
+        assert "can be reached from other machines" in refused(*base, "--host", host)
+    for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
+        output(*base, "--host", host)
+    assert "fewer than 8" in refused(*base, "--api-key", "short")
+    assert "within 1..65535" in refused(*base, "--port", 0)
+    assert "at least 1" in refused(*base, "--max-images", 0)
+    assert "names nothing" in refused(*base, "--image-domains", " ")
+    assert "alpha is 0" in refused(*base, "--alpha", 0)
+    assert "a server cannot fill" in refused(*base, "--operator", "fill")
+    assert "no gate" in refused(*base, "--gate")
+    for option in ("--trust-remote-code", "--host=0.0.0.0", "--speculative_config", "--api-key"):
+        assert "is set by `cmrm serve`" in refused(*base, "--", option)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "tools/vllm_env.sh" in refused("serve", checkpoint, "--shift", shift)
+
+
+def test_names_of_towers(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("CMRM_CACHE", str(tmp_path / "cache"))
+    copy = readable_by_vllm(Path(checkpoint))
+    assert copy != Path(checkpoint)
+    assert readable_by_vllm(Path(checkpoint)) == copy
+    assert readable_by_vllm(copy) == copy, "nothing to rename is left"
+    before = load_file(Path(checkpoint) / "model.safetensors")
+    after = load_file(copy / "model.safetensors")
+    towers = [name for name in after if name.startswith("vision_tower.")]
+    assert towers
+    assert all(name.startswith("vision_tower.vision_model.") for name in towers)
+    assert len(after) == len(before)
+    for name, tensor in after.items():
+        old = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+        assert torch.equal(tensor, before[old])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match="cannot be read"):
+        readable_by_vllm(tmp_path / "bad")
+
+
+def test_the_plugin_reads_its_environment(shift: Path) -> None:
+    program, _ = program_of({"CMRM_SHIFT": str(shift)})
+    assert program.key == Program.of(ShiftVectors.load(shift)).key
+    for text, message in (
+        ("{", "is no JSON"),
+        ('{"alpha": -1}', "never removes"),
+        ("[]", "no JSON object"),
+    ):
+        with pytest.raises(InputError, match=message):
+            program_of({"CMRM_SHIFT": str(shift), "CMRM_STEERING": text})
+    with pytest.raises(ArtifactError):
+        program_of({"CMRM_SHIFT": str(shift) + ".none"})
+
+
+def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import ModuleType
+
+    fake = ModuleType("vllm")
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    for version, good in (("0.32.0", True), ("0.31.9", False), ("0.33.0", False), ("1.0", False)):
+        fake.__version__ = version  # type: ignore[attr-defined]
+        if good:
+            assert arming.check_version() == version
+        else:
+            with pytest.raises(InputError, match="is not tested with cmrm"):
+                arming.check_version()
+    fake.__version__ = "0.32.0"  # type: ignore[attr-defined]
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(InputError, match="is not armed"):
+        arming.check_version()
