@@ -59,6 +59,7 @@ class Board:
         self, tokens: int, slots: int, fills: int, device: torch.device, *, gated: bool
     ) -> None:
         self.gated = gated
+        self.fills = fills
         self.mask = torch.zeros(tokens, 1, device=device)
         """float32 [T, 1]: 1 where a token is steered."""
         self.open = torch.full((tokens, 1), 0.0 if gated else 1.0, device=device)
@@ -76,6 +77,7 @@ class Board:
         self.seen = torch.zeros(tokens, max(1, fills), device=device)
         """float32 [T, layers of fill]: coordinates of the last step's states, before fill."""
         self._slots = slots
+        self._used = tokens
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -90,11 +92,18 @@ class Board:
 
     def clear(self) -> None:
         """Steer nothing: for passes that answer nobody."""
-        self.mask.zero_()
-        self.score.zero_()
-        self.target.zero_()
-        self.written.fill_(self._slots)
-        self.slot.fill_(self._slots)
+        self._clear(len(self.mask))
+
+    def _clear(self, used: int) -> None:
+        """Clear what the last step used; `used`: tokens of the coming one."""
+        n, self._used = max(used, self._used), used
+        self.mask[:n].zero_()
+        if self.gated:
+            self.score[:n].zero_()
+            self.written[:n].fill_(self._slots)
+            self.slot[:n].fill_(self._slots)
+        if self.fills:
+            self.target[:n].zero_()
 
     def fill_in(
         self,
@@ -112,8 +121,8 @@ class Board:
         Returns:
             Number of tokens that are steered where a gate is open, or there is none.
         """
-        self.clear()
         total = sum(row.count for row in rows)
+        self._clear(total)
         if not total:
             return 0
         mask = np.concatenate([steered_tokens(row, positions) for row in rows])
