@@ -15,7 +15,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,11 +86,11 @@ def wait(process: subprocess.Popen[bytes], address: str, seconds: float = 300) -
     raise AssertionError("the server does not get ready")
 
 
-@pytest.fixture(scope="module")
-def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port = free_port()
+@contextmanager
+def running(model: Model, log: Path, port: int | None = None) -> Iterator[Server]:
+    """A server that is ready; it is ended at the end."""
+    port = free_port() if port is None else port
     address = f"http://127.0.0.1:{port}"
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
     with log.open("wb") as handle:
         process = start(model, port, handle)
         try:
@@ -103,6 +105,12 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(model, tmp_path_factory.mktemp("serve") / "log.txt") as made:
+        yield made
 
 
 def content(request: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from cmrm.cli.check import check
 from cmrm.cli.defenses import defenses
 from cmrm.cli.demo import app as demo_app
 from cmrm.cli.diagnose import diagnose
+from cmrm.cli.doctor import doctor
 from cmrm.cli.evaluate import evaluate
 from cmrm.cli.export import app as export_app
 from cmrm.cli.extract import extract
@@ -38,7 +39,7 @@ app = typer.Typer(
 app.add_typer(demo_app, name="demo")
 for command in (
     judge, diagnose, extract, generate, tune, sweep, evaluate, rescore, reproduce, inspect, check,
-    serve, sets, defenses, families,
+    serve, doctor, sets, defenses, families,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")

@@ -31,7 +31,7 @@ from cmrm.tune.space import distributions, drawn, settings_of, space_json
 from cmrm.tune.study import Row, Study
 
 CANDIDATES = 24
-"""Random points that the proxy is asked about, at most."""
+"""Random points that the proxy is asked about, at most; fewer where few trials are allowed."""
 KEPT = 4
 """One of so many of them is tried."""
 SCREENING = 0.1
@@ -253,10 +253,12 @@ class Tuner:
         if self.study.get("screened") is not None or not self._more():
             return
         rng, most = generator(self.bench.seed), SCREENING * self.options.budget
+        trials = self.options.trials
+        wanted = CANDIDATES if trials is None else min(CANDIDATES, KEPT * max(1, trials - 1))
         candidates: list[dict[str, Any]] = []
         odds: list[Odds | None] = []
         start = monotonic()
-        while len(candidates) < CANDIDATES and monotonic() - start < most:
+        while len(candidates) < wanted and monotonic() - start < most:
             self.say(f"the proxy, random point {len(candidates) + 1}")
             candidates.append(drawn(self.space, rng))
             try:
