@@ -27,6 +27,7 @@ from cmrm.cli.serve import serve
 from cmrm.cli.sets import sets
 from cmrm.cli.sweep import sweep
 from cmrm.cli.tune import tune
+from cmrm.cli.ui import ui
 from cmrm.errors import CmrmError
 
 INTERRUPTED = 130
@@ -39,7 +40,7 @@ app = typer.Typer(
 app.add_typer(demo_app, name="demo")
 for command in (
     judge, diagnose, extract, generate, tune, sweep, evaluate, rescore, reproduce, inspect, check,
-    serve, doctor, sets, defenses, families,
+    serve, ui, doctor, sets, defenses, families,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(judges_app, name="judges")

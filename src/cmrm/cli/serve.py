@@ -119,7 +119,7 @@ def _check(
         raise InputError(f"--port is {port}; it is within 1..65535")
     if max_images < 1:
         raise InputError(f"--max-images is {max_images}; it is at least 1")
-    if not _is_loopback(host) and not api_key:
+    if not is_loopback(host) and not api_key:
         raise InputError(
             f"{host} can be reached from other machines: name --api-key (or CMRM_API_KEY), or "
             "serve on 127.0.0.1"
@@ -134,7 +134,8 @@ def _check(
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own alone."""
     if host == "localhost":
         return True
     try:

@@ -19,6 +19,8 @@ from cmrm.demo.settings import (
 )
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import CmrmError
+from cmrm.files import cache_dir
+from cmrm.prompts.ours import prompt_samples
 from cmrm.prompts.sample import Sample
 from cmrm.prompts.splits import set_hash
 from cmrm.shift.artifact import ShiftVectors, library_versions
@@ -93,6 +95,12 @@ def shift_of_run(
     shift.save(file)
     remove_checkpoint(checkpoint)
     return shift
+
+
+def shift_of_cache(engine: TransformersEngine) -> ShiftVectors:
+    """The artifact of `cmrm demo`, fitted once and kept in the user's cache."""
+    anchors, lookalikes = (prompt_samples("anchor", label) for label in ("harmful", "benign"))
+    return shift_of_run(engine, QUICK, anchors, lookalikes, cache_dir() / "demo-shift")
 
 
 def fitted_shift(

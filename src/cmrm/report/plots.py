@@ -71,7 +71,7 @@ def drawn(
     for name, (draw, alt) in figures.items():
         images = []
         for ink, faint, paper in (LIGHT, DARK):
-            with mpl.rc_context(_style(ink, faint, paper)):
+            with mpl.rc_context(style(ink, faint, paper)):
                 figure = draw(document)
                 images.append(None if figure is None else _png(figure))
         light, dark = images
@@ -80,7 +80,8 @@ def drawn(
     return made
 
 
-def _style(ink: str, faint: str, paper: str) -> Any:
+def style(ink: str, faint: str, paper: str) -> Any:
+    """matplotlib's settings of a figure in a theme (`LIGHT`, `DARK`)."""
     colours = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     return {
         **dict.fromkeys(colours, ink),

@@ -1,0 +1,1 @@
+"""The playground (`cmrm ui`): the same request as text, with its image, and under two settings."""
