@@ -72,6 +72,7 @@ def test_what_is_refused(checkpoint: str, shift: Path, monkeypatch: pytest.Monke
     assert "no gate" in refused(*base, "--gate")
     for option in ("--trust-remote-code", "--host=0.0.0.0", "--speculative_config", "--api-key"):
         assert "is set by `cmrm serve`" in refused(*base, "--", option)
+    assert "belongs to the model `demo` alone" in refused("serve", checkpoint, "--shift", "demo")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "tools/vllm_env.sh" in refused("serve", checkpoint, "--shift", shift)
 

@@ -34,6 +34,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     help="Give a vision-language model back the safety alignment that an image takes from it.",
+    epilog="Where to begin: cmrm doctor, cmrm demo, cmrm judge replies.jsonl, cmrm check MODEL",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -31,7 +31,12 @@ OWN = (
 
 def serve(
     model: c.ModelArgument,
-    shift: Annotated[str, typer.Option(help="Artifact of `cmrm extract` (file, folder, hub id).")],
+    shift: Annotated[
+        str,
+        typer.Option(
+            help="Artifact of `cmrm extract` (file, folder, hub id); `demo`: the demo VLM's own."
+        ),
+    ],
     host: Annotated[str, typer.Option(help="Address; beyond loopback an API key is needed.")] = (
         "127.0.0.1"
     ),
@@ -72,6 +77,8 @@ def serve(
 
     options = list(more or ())
     _check(host, port, api_key, max_images, options)
+    if shift == c.DEMO:
+        shift = _demo_shift(model)
     vectors = ShiftVectors.from_pretrained(shift)
     named: dict[str, Any] = {
         "alpha": alpha, "schedule": schedule, "positions": positions, "layers": layers,
@@ -103,6 +110,28 @@ def serve(
         typer.echo(" \\\n  ".join([*shown, *map(_quoted, command)]))
         return
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _demo_shift(model: str) -> str:
+    """File of the demo VLM's artifact; fitted once, on the demo's anchors.
+
+    Raises:
+        InputError: the model is another one.
+    """
+    from cmrm.errors import InputError
+
+    if model != c.DEMO:
+        raise InputError("the artifact `demo` belongs to the model `demo` alone")
+    from cmrm.demo.levels import cached_shift, shift_of_cache
+
+    if not cached_shift().is_file():
+        from cmrm.demo.vlm import load_demo
+        from cmrm.engines.transformers import TransformersEngine
+
+        with c.progress(None) as (say, _):
+            say("fitting on the demo's anchors, once")
+            shift_of_cache(TransformersEngine(load_demo()))
+    return str(cached_shift())
 
 
 def _check(

@@ -100,7 +100,12 @@ def shift_of_run(
 def shift_of_cache(engine: TransformersEngine) -> ShiftVectors:
     """The artifact of `cmrm demo`, fitted once and kept in the user's cache."""
     anchors, lookalikes = (prompt_samples("anchor", label) for label in ("harmful", "benign"))
-    return shift_of_run(engine, QUICK, anchors, lookalikes, cache_dir() / "demo-shift")
+    return shift_of_run(engine, QUICK, anchors, lookalikes, cached_shift().parent)
+
+
+def cached_shift() -> Path:
+    """Where `shift_of_cache` keeps its artifact."""
+    return cache_dir() / "demo-shift" / "shift.safetensors"
 
 
 def fitted_shift(
