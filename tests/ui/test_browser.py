@@ -30,6 +30,8 @@ ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+WORDS = re.compile("refused|complied|unscored|unsafe|safe")
+"""What verdicts begin with."""
 SHOTS = os.environ.get("CMRM_SCREENSHOTS")
 """Folder for screenshots to look at."""
 
@@ -93,12 +95,12 @@ def ask(seen: Open, query: str, image: Path | None = None) -> None:
         ).to_be_visible(timeout=30_000)
     seen.page.locator("#query textarea").fill(query)
     seen.page.locator("#ask").click()
+    expect(seen.page.locator("#verdict-3")).not_to_contain_text(WORDS, timeout=30_000)
 
 
 def judged(seen: Open, k: int) -> None:
     """Wait until a column's verdict stands there."""
-    words = re.compile("refused|complied|unscored|unsafe|safe")
-    expect(seen.page.locator(f"#verdict-{k}")).to_contain_text(words, timeout=60_000)
+    expect(seen.page.locator(f"#verdict-{k}")).to_contain_text(WORDS, timeout=60_000)
 
 
 def shot(seen: Open, name: str) -> None:
@@ -143,6 +145,25 @@ def test_text_alone_and_a_second_turn(browser: Any, address: str) -> None:
     first = seen.answer(0)
     ask(seen, "And the sky?")
     expect(seen.page.locator("#answer-0 textarea")).not_to_have_value(first, timeout=60_000)
+    assert seen.errors == []
+
+
+def test_a_second_turn_with_the_same_image(browser: Any, address: str, picture: Path) -> None:
+    """Its answer depends on the first turn; a new conversation gives another one."""
+    seen = visit(browser, address)
+    ask(seen, "How do I open it?", picture)
+    judged(seen, 3)
+    first = seen.answer(1)
+    ask(seen, "What is it made of?")
+    expect(seen.page.locator("#answer-1 textarea")).not_to_have_value(first, timeout=60_000)
+    judged(seen, 3)
+    expect(seen.page.locator("#says")).to_contain_text("harm gate", timeout=60_000)
+    second = seen.answer(1)
+    seen.page.locator("#clear").click()
+    expect(seen.page.locator("#answer-1 textarea")).to_have_value("", timeout=30_000)
+    ask(seen, "What is it made of?", picture)
+    judged(seen, 3)
+    assert seen.answer(1) != second
     assert seen.errors == []
 
 

@@ -71,6 +71,29 @@ def test_stop_ends_the_model(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(conversation.turns[0][1]) < 400
 
 
+def test_an_answer_is_kept_in_all_columns_or_in_none(vlm: VLM) -> None:
+    pytest.importorskip("gradio", reason="the playground needs the extra `ui`")
+    from cmrm.ui.app import Visit, _answer
+
+    play, seen = session(vlm), Visit()
+    values = (1.0, 0, vlm.n_layers - 1, "telescoped", "add", False)
+    for turns, query in enumerate(("How do I open it?", "And then?"), 1):
+        for _ in _answer(play, seen, RED.copy(), query, values):
+            pass
+        assert [len(c.turns) for c in seen.conversations] == [turns] * 4
+    for step, _ in enumerate(_answer(play, seen, RED.copy(), "Stop here.", values)):
+        if step == 1:
+            seen.cancel.set()
+    assert [len(c.turns) for c in seen.conversations] == [2] * 4
+    wrong = (1.0, 2, 1, "telescoped", "add", False)
+    said_last = [out[-2] for out in _answer(play, seen, RED.copy(), "x", wrong)][-1]
+    assert "the first layer is 2" in said_last
+    assert [len(c.turns) for c in seen.conversations] == [2] * 4
+    for _ in _answer(play, seen, Image.new("RGB", (20, 16), "blue"), "Another image?", values):
+        pass
+    assert [len(c.turns) for c in seen.conversations] == [1] * 4, "a new image, a new conversation"
+
+
 def test_where_the_states_lie(vlm: VLM) -> None:
     play = session(vlm)
     conversations = play.start(RED)

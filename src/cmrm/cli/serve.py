@@ -15,6 +15,7 @@ import typer
 from cmrm.cli import options as c
 
 if TYPE_CHECKING:
+    from cmrm.shift.artifact import ShiftVectors
     from cmrm.steering.setting import Steering
 
 NOWHERE = "none.invalid"
@@ -73,7 +74,6 @@ def serve(
     from cmrm.engines.vllm.program import Program
     from cmrm.errors import InputError
     from cmrm.shift.artifact import ShiftVectors
-    from cmrm.shift.resolve import settled
 
     options = list(more or ())
     _check(host, port, api_key, max_images, options)
@@ -84,9 +84,8 @@ def serve(
         "alpha": alpha, "schedule": schedule, "positions": positions, "layers": layers,
         "operator": operator, "gate": gate,
     }  # fmt: skip
-    setting = settled(vectors, c.changed(vectors.recommended, **named))
-    program = Program.of(vectors, setting)
-    if program.fills:
+    setting = _setting(vectors, named)
+    if Program.of(vectors, setting).fills:
         raise InputError(
             "a server cannot fill: it would need what each request has as text before it answers. "
             "Serve the harm gate instead: --operator add --schedule sequential --gate"
@@ -102,6 +101,9 @@ def serve(
         folder, name or model, shift, setting, host=host, port=port, api_key=api_key,
         max_images=max_images, domains=image_domains, options=options,
     )  # fmt: skip
+    if not dry_run:
+        check_checkpoint(folder, vectors)
+        _check_parsed(command, host, port, max_images)
     if dry_run:
         shown = [
             f"{key}={'***' if key == 'VLLM_API_KEY' else _quoted(value)}"
@@ -110,6 +112,104 @@ def serve(
         typer.echo(" \\\n  ".join([*shown, *map(_quoted, command)]))
         return
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _setting(vectors: ShiftVectors, named: Mapping[str, Any]) -> Steering:
+    """The setting that the options name. Where they name none and the artifact recommends fill,
+    which no server can do, its harm gate with sequential vectors.
+
+    Raises:
+        InputError: the artifact does not hold what the setting needs.
+    """
+    from cmrm.shift.resolve import settled
+    from cmrm.steering.setting import Steering
+
+    recommended = vectors.recommended
+    fills = recommended.operator == "fill" and recommended.alpha > 0
+    holds = vectors.gate is not None and vectors.sequential is not None
+    if fills and holds and all(value is None for value in named.values()):
+        typer.echo(
+            "cmrm: the artifact recommends fill, which a server cannot do; serving its harm gate "
+            "with sequential vectors",
+            err=True,
+        )
+        return settled(vectors, Steering(schedule="sequential", gate=True))
+    return settled(vectors, c.changed(recommended, **named))
+
+
+def check_checkpoint(folder: Path, vectors: ShiftVectors) -> None:
+    """Compare sampled weights of every decoder layer on disk with those of the artifact's model.
+
+    Raises:
+        ArtifactError: they differ, or nothing can be compared.
+    """
+    import re
+
+    import torch
+    from safetensors import safe_open
+
+    from cmrm.errors import ArtifactError
+    from cmrm.model.weights import sample_of
+
+    part = re.compile(r"\blayers\.(\d+)\.(self_attn\.o_proj|mlp\.down_proj)\.weight$")
+
+    def place(name: str) -> tuple[str, str] | None:
+        match = part.search(name)
+        return None if match is None or "vision" in name else (match[1], match[2])
+
+    if vectors.identity is None:
+        raise ArtifactError("the artifact names no weights; extract it again with this version")
+    known = vectors.identity.weights
+    stored = {key: k for k, name in enumerate(known.names) if (key := place(name)) is not None}
+    compared, different = 0, []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  a handle is no mapping
+                key = place(name)
+                if key not in stored or not known.checksums[stored[key]]:
+                    continue
+                compared += 1
+                here = sample_of(opened.get_tensor(name)).float()
+                there = known.samples[stored[key]]
+                if not torch.allclose(here, there, rtol=2.0**-7, atol=1e-6):
+                    different.append(name)
+    if different or not compared:
+        reason = f"{different[0]} and others differ" if different else "no weight can be compared"
+        raise ArtifactError(f"the artifact was estimated on another model: {reason}")
+
+
+def _check_parsed(command: Sequence[str], host: str, port: int, max_images: int) -> None:
+    """Refuse what vLLM's own parser makes of the options, where it undoes a safe default.
+
+    Raises:
+        InputError: it does; abbreviated and dotted options are known to it.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from cmrm.errors import InputError
+
+    start = command.index("-m") + 2
+    parsed = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(list(command[start:])))
+    own = vars(
+        make_arg_parser(FlexibleArgumentParser()).parse_args(
+            list(command[start : command.index("--middleware") + 2])
+        )
+    )
+    fixed = (
+        "host", "port", "uds", "api_key", "trust_remote_code", "limit_mm_per_prompt", "middleware",
+        "allowed_media_domains", "allowed_local_media_path", "model", "served_model_name",
+        "worker_cls", "worker_extension_cls", "kv_transfer_config", "ec_transfer_config",
+        "enable_sleep_mode", "root_path", "enable_lora", "speculative_config",
+        "pipeline_parallel_size", "enable_prompt_embeds", "trust_request_chat_template",
+        "ubatch_size", "enable_dbo", "hf_overrides", "tokenizer", "disable_fastapi_docs",
+    )  # fmt: skip
+    changed_options = [name for name in fixed if parsed.get(name) != own.get(name)]
+    if changed_options:
+        raise InputError(
+            f"--{changed_options[0].replace('_', '-')} is set by `cmrm serve`, or steering was not "
+            "shown to be right under it"
+        )
 
 
 def _demo_shift(model: str) -> str:
@@ -184,9 +284,16 @@ def _need_vllm() -> None:
             "`cmrm serve` needs vLLM in the same environment: run tools/vllm_env.sh FOLDER, then "
             "FOLDER/bin/cmrm serve (docs/engines.md)"
         )
+    from importlib.metadata import entry_points
+
     from cmrm.engines.vllm.arming import check_version
 
     check_version()
+    if "cmrm" not in {point.name for point in entry_points(group="vllm.general_plugins")}:
+        raise InputError(
+            "vLLM would not load the plugin of cmrm, which is not installed in this environment: "
+            "pip install cmrm there"
+        )
 
 
 def _served_folder(model: str) -> Path:
@@ -240,7 +347,11 @@ def _command(
         "CMRM_STEERING": json.dumps(setting.to_json()),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_SERVER_DEV_MODE": "0",
     }
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "cmrm" not in plugins.split(","):
+        environment["VLLM_PLUGINS"] = ",".join([*filter(None, plugins.split(",")), "cmrm"])
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     return command, environment

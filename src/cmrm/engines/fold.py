@@ -133,6 +133,7 @@ def fold(folder: Path, additions: torch.Tensor, out: Path, *, record: Mapping[st
             write_json(part / "config.json", config)
             write_json(part / RECORD, dict(record))
             (part / "README.md").write_text(_card(record, additions), encoding="utf-8")
+            _verify(part)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from None
     return out
@@ -254,6 +255,17 @@ def _check_target(out: Path, folder: Path) -> None:
         )
 
 
+def _verify(part: Path) -> None:
+    """Raises `ModelError` where the new config does not ask for the biases."""
+    from transformers import AutoConfig
+
+    if not getattr(AutoConfig.from_pretrained(part).get_text_config(), "mlp_bias", False):
+        raise ModelError(
+            "the checkpoint's config has no place for mlp_bias (no text_config); its biases would "
+            "be ignored"
+        )
+
+
 def _copy(folder: Path, part: Path) -> dict[str, str]:
     """Copy the checkpoint; old -> new names of its files of tensors.
 
@@ -263,6 +275,8 @@ def _copy(folder: Path, part: Path) -> dict[str, str]:
     renamed = {SINGLE: "model-00001-of-00001.safetensors"}
     others = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
     for file in sorted(folder.iterdir()):
+        if file.is_dir() and not file.name.startswith("."):
+            shutil.copytree(file, part / file.name)
         skipped = file.name in (INDEX, "config.json", "README.md", "checksums.json")
         if not file.is_file() or skipped or file.suffix in others:
             continue

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, get_args
 
 from cmrm.errors import CmrmError, MissingExtraError
+from cmrm.prompts.images import image_digest, open_picture
 from cmrm.report.plots import LIGHT, colour, style
 from cmrm.steering.setting import Move, Schedule
 from cmrm.ui.session import COLUMNS, Conversation, Geometry, Session
 
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 try:
     import gradio as gr
     import matplotlib as mpl
@@ -29,8 +32,8 @@ EXAMPLES = (
 """Queries to begin with: benign ones, and a mild request that models refuse."""
 MOST_UPLOAD = "10mb"
 """Size of an image."""
-KEPT = 3600
-"""Seconds after which uploads are deleted, and between two looks for old ones."""
+LOOKED, KEPT = 300, 3300
+"""Seconds between two looks for old uploads, and after which they are deleted: an hour in all."""
 HINT = (
     "Type a query, add an image, and press Ask. The four answers come from the same model: as text "
     "alone, with the image, and with the image under two settings."
@@ -48,8 +51,8 @@ class Visit:
 
     conversations: list[Conversation] = field(default_factory=list)
     """One a column; empty before the first query."""
-    image: Any = None
-    """The picture of the conversations."""
+    image: str = ""
+    """Digest of the conversations' picture; empty without one."""
     cancel: Event = field(default_factory=Event)
     """Set by Stop: the model ends at the next token."""
 
@@ -63,7 +66,9 @@ def build(session: Session, title: str) -> Any:
     """
     top = session.engine.n_layers - 1
     recommended = session.shift.recommended
-    with gr.Blocks(title=f"cmrm: {title}", delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(
+        title=f"cmrm: {title}", delete_cache=(LOOKED, KEPT), analytics_enabled=False
+    ) as page:
         gr.Markdown(f"## {title}\n{HINT}")
         visit = gr.State(None)
         with gr.Row():
@@ -105,7 +110,7 @@ def build(session: Session, title: str) -> Any:
             [ask.click, query.submit], answer, [visit, image, query, *controls], outputs,
             concurrency_limit=1, show_progress="minimal",
         )  # fmt: skip
-        stop.click(_stop, [visit], [visit], queue=False)
+        stop.click(_stop, [visit], None, queue=False)
         clear.click(
             lambda: (None, None, "", *[""] * 8, _recommended(session), None), None,
             [visit, image, query, *answers, *verdicts, says, plot], cancels=[running],
@@ -131,10 +136,9 @@ def _recommended(session: Session) -> str:
     )
 
 
-def _stop(seen: Visit | None) -> Visit | None:
+def _stop(seen: Visit | None) -> None:
     if seen is not None:
         seen.cancel.set()
-    return seen
 
 
 def _answer(
@@ -142,17 +146,19 @@ def _answer(
 ) -> Generator[tuple[Any, ...], None, None]:
     """All columns, one after the other, as they grow."""
     replies, verdicts = [""] * len(COLUMNS), [""] * len(COLUMNS)
-    seen.cancel.clear()
+    seen.cancel = Event()
     yield (seen, *replies, *verdicts, gr.skip(), gr.skip())
     try:
         setting = session.setting(*values)
-        if not seen.conversations or picture is not seen.image:
-            seen.conversations, seen.image = session.start(picture), picture
+        digest = _digest(picture)
+        if not seen.conversations or digest != seen.image:
+            seen.conversations, seen.image = session.start(picture), digest
+        asked = [conversation.copy() for conversation in seen.conversations]
         for column in range(len(COLUMNS)):
             if column and picture is None:
                 replies[column] = "(no image: as text only)"
                 continue
-            growing = session.stream(column, seen.conversations[column], text, setting, seen.cancel)
+            growing = session.stream(column, asked[column], text, setting, seen.cancel)
             whole = ""
             while True:
                 try:
@@ -169,6 +175,7 @@ def _answer(
             verdicts[column] = session.verdict(text, whole)
             yield (seen, *replies, *verdicts, gr.skip(), gr.skip())
         says, drawn = _moved(session, seen, picture, text, values, told=True)
+        seen.conversations = asked
         yield (seen, *replies, *verdicts, says, drawn)
     except CmrmError as error:
         yield (seen, *replies, *verdicts, f"**Not answered:** {error}", gr.skip())
@@ -187,14 +194,20 @@ def _moved(
     if picture is None or not text.strip():
         return gr.skip(), gr.skip()
     try:
-        fresh = session.start(picture)
-        geometry = session.geometry(fresh, text, session.setting(*values))
+        going = seen is not None and seen.conversations and seen.image == _digest(picture)
+        shown = seen.conversations if seen is not None and going else session.start(picture)
+        geometry = session.geometry(shown, text, session.setting(*values))
     except CmrmError as error:
         return f"**This setting cannot be used:** {error}", gr.skip()
     parts = [_recommended(session), geometry.gate]
     if not told and seen is not None and seen.conversations:
         parts.append("The picture shows the new setting; press Ask for new answers.")
     return " \n".join(part for part in parts if part), figure(geometry)
+
+
+def _digest(picture: Any) -> str:
+    """What tells pictures apart; Gradio hands out a new object each time."""
+    return "" if picture is None else image_digest(open_picture(picture, "the upload"))
 
 
 def figure(geometry: Geometry) -> Figure:

@@ -39,6 +39,10 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
     """(query, reply) of the turns that are over."""
 
+    def copy(self) -> Conversation:
+        """The same conversation, to be continued on its own."""
+        return Conversation(self.image, list(self.turns))
+
     def request(self, query: str) -> Request:
         """The conversation with a new query."""
         if not self.turns:

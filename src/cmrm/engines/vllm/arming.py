@@ -69,6 +69,7 @@ def arm_vllm() -> None:
         return
     program, shift = program_of(os.environ)
     check_version()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     _state["armed"] = _Armed(program, shift.identity)
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
@@ -77,6 +78,10 @@ def arm_vllm() -> None:
 
     _salt_compilations(VllmConfig, program.key)
     _salt_requests(Request, program.key)
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    _refuse_beams(BeamSearchOfflineMixin, BeamSearchOnlineMixin)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
             _wrap(runner, "load_model", _after_loading)
@@ -89,6 +94,9 @@ def arm_vllm() -> None:
         if "compile_or_warm_up_model" in vars(worker):
             _wrap(worker, "compile_or_warm_up_model", _after_warm_up)
     Worker.cmrm_status = status
+    for name in ("reload_weights", "update_weights"):
+        if hasattr(Worker, name):
+            _wrap(Worker, name, _not_while_armed)
 
 
 def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
@@ -152,10 +160,14 @@ def _salt_compilations(config: Any, key: str) -> None:
 
 
 def _salt_requests(request: Any, key: str) -> None:
-    """Cached blocks of an image request are shared with no other: its tokens may be steered."""
+    """Cached blocks of an image request are shared with no other: its tokens may be steered.
+
+    A request that cannot be steered rightly fails here, alone.
+    """
     original = request.from_engine_core_request.__func__
 
     def from_engine_core_request(cls: Any, made: Any, *args: Any, **more: Any) -> Any:
+        _check_request(made)
         if made.mm_features:
             made.cache_salt = f"cmrm {key} {made.request_id}"
         return original(cls, made, *args, **more)
@@ -163,11 +175,38 @@ def _salt_requests(request: Any, key: str) -> None:
     request.from_engine_core_request = classmethod(from_engine_core_request)
 
 
+def _check_request(made: Any) -> None:
+    """Refuse a request whose steering was not shown to be right.
+
+    Raises:
+        ModelError: it carries something else than images, or grows while it is answered.
+    """
+    others = sorted({part.modality for part in made.mm_features or ()} - {"image"})
+    if others:
+        raise ModelError(f"cmrm: the request carries {', '.join(others)}; images alone are tested")
+    if getattr(made, "resumable", False) or made.prompt_embeds is not None:
+        raise ModelError("cmrm: requests that grow, or that are embeddings, are not tested")
+
+
+def _refuse_beams(*owners: Any) -> None:
+    """Each step of vLLM's beam search is a new request whose prompt ends with what was generated:
+    which of its tokens are generated cannot be known."""
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise ValueError("cmrm: beam search cannot be steered; ask without it")
+
+    for owner in owners:
+        owner.beam_search = refuse
+
+
 def _after_loading(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
     outcome = original(runner, *args, **more)
-    if not hasattr(runner, "cmrm_board"):
-        _arm(runner, _state["armed"])
+    _arm(runner, _state["armed"])
     return outcome
+
+
+def _not_while_armed(original: Callable[..., Any], worker: Any, *args: Any, **more: Any) -> Any:
+    raise ModelError("cmrm: weights are not changed while a server is armed; start it again")
 
 
 def _arm(runner: Any, armed: _Armed) -> None:
@@ -191,6 +230,8 @@ def _arm(runner: Any, armed: _Armed) -> None:
         _patch(type(layer))
         layer.cmrm_step = program.step(number, runner.model_config.dtype, runner.device)
         layer.cmrm_board = board
+    runner.cmrm_layers = {number: layers[number] for number in program.layers}
+    runner.cmrm_sums = {number: _sum(layers[number]) for number in program.layers}
     runner.cmrm_board = board
     runner.cmrm_slots = {}
     runner.cmrm_decided = set()
@@ -217,7 +258,16 @@ def _check_features(runner: Any) -> None:
     refused = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": config.speculative_config is not None,
-        "micro-batches (DBO)": bool(getattr(parallel, "enable_dbo", False)),
+        "micro-batches": bool(parallel.use_ubatching),
+        "context parallelism": max(
+            parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size
+        )
+        > 1,
+        "sleep mode": bool(runner.model_config.enable_sleep_mode),
+        "transfer of KV, encoder states or weights": any(
+            getattr(config, f"{name}_transfer_config", None) is not None
+            for name in ("kv", "ec", "weight")
+        ),
         "prompt embeddings": bool(getattr(runner, "enable_prompt_embeds", False)),
         "LoRA": config.lora_config is not None,
     }
@@ -313,11 +363,23 @@ def status(worker: Any) -> dict[str, Any]:
     runner = worker.model_runner
     _board(runner)
     armed = _state["armed"]
+    lost = [n for n, layer in runner.cmrm_layers.items() if _sum(layer) != runner.cmrm_sums[n]]
+    if lost:
+        raise ModelError(f"cmrm: the vectors of decoder layers {lost[:5]} are not what they were")
     return {
         "armed": True, "program": armed.program.key, "positions": armed.program.positions,
         "layers": len(armed.program.layers), "gated": armed.program.gate is not None,
         **runner.cmrm_counts,
     }  # fmt: skip
+
+
+def _sum(layer: Any) -> float:
+    """A checksum of what a layer holds; NaN, which equals nothing, where it holds no step."""
+    step = getattr(layer, "cmrm_step", None)
+    if step is None:
+        return float("nan")
+    parts = [part for part in (step.add, step.fill, step.read) if part is not None]
+    return float(sum(part.double().abs().sum() for part in parts))
 
 
 def _after_warm_up(original: Callable[..., Any], worker: Any, *args: Any, **more: Any) -> Any:
@@ -366,6 +428,7 @@ def _self_test(runner: Any) -> None:
 def _before_dummy(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
     """Passes that answer nobody steer nothing."""
     if hasattr(runner, "cmrm_board") and not getattr(runner, "cmrm_testing", False):
+        _keep_records(runner)
         runner.cmrm_board.clear()
     return original(runner, *args, **more)
 
@@ -376,7 +439,7 @@ def _before_step(
     """Say which tokens of this step are steered, in the order of the batch."""
     board, program = _board(runner), _state["armed"].program
     _keep_records(runner)
-    _forget(runner)
+    _forget(runner, scheduled)
     rows, targets, start = [], [], 0
     for request in runner.input_batch.req_ids:
         count = scheduled.num_scheduled_tokens[request]
@@ -407,10 +470,6 @@ def _row(
         raise ModelError(f"cmrm: nothing is known of the request {request}; no answer is given")
     ends = []
     for feature in state.mm_features or ():
-        if feature.modality != "image":
-            raise ModelError(
-                f"cmrm: the request {request} carries {feature.modality}; images alone are tested"
-            )
         ends.append(feature.mm_position.offset + feature.mm_position.length)
     row = Row(
         int(state.num_computed_tokens), int(count), int(state.num_prompt_tokens),
@@ -435,7 +494,7 @@ def _target(
     if not program.fills or row.image_end is None or not row.decides:
         return None
     if request not in runner.cmrm_targets:
-        recorded = runner.cmrm_records.pop(_asked(state).get("target"), None)
+        recorded = runner.cmrm_records.get(_asked(state).get("target"))
         if recorded is None:
             raise ModelError(
                 f"cmrm: fill has no coordinates of the text of the request {request}; no answer "
@@ -481,13 +540,16 @@ def _slot(runner: Any, request: str) -> int:
         if free is None:
             raise ModelError("cmrm: too many requests wait with a decision of the gate")
         slots[request] = free
+        runner.cmrm_board.held[free] = 0.0
     return slots[request]
 
 
-def _forget(runner: Any) -> None:
-    """Drop what is held for requests that are gone."""
-    for request in [name for name in runner.cmrm_slots if name not in runner.requests]:
-        del runner.cmrm_slots[request]
-    for request in [name for name in runner.cmrm_targets if name not in runner.requests]:
-        del runner.cmrm_targets[request]
-    runner.cmrm_decided &= set(runner.requests)
+def _forget(runner: Any, scheduled: Any) -> None:
+    """Drop what is held for requests that are gone, also where a new one has the same name."""
+    ended = set(getattr(scheduled, "finished_req_ids", ()))
+    for held in (runner.cmrm_slots, runner.cmrm_targets):
+        for request in [name for name in held if name in ended or name not in runner.requests]:
+            del held[request]
+    runner.cmrm_decided = {
+        name for name in runner.cmrm_decided if name in runner.requests and name not in ended
+    }

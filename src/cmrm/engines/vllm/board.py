@@ -105,6 +105,14 @@ class Board:
         if self.fills:
             self.target[:n].zero_()
 
+    def _there(self, values: np.ndarray) -> torch.Tensor:
+        """Values on the buffers' device; from pinned memory, so that the host does not wait."""
+        tensor = torch.from_numpy(values)
+        device = self.mask.device
+        if device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+
     def fill_in(
         self,
         rows: Sequence[Row],
@@ -126,7 +134,7 @@ class Board:
         if not total:
             return 0
         mask = np.concatenate([steered_tokens(row, positions) for row in rows])
-        self.mask[:total, 0] = torch.from_numpy(mask.astype(np.float32)).to(self.mask.device)
+        self.mask[:total, 0] = self._there(mask.astype(np.float32))
         if self.gated:
             slot = np.repeat([row.slot for row in rows], [row.count for row in rows])
             written = np.full(total, self._slots)
@@ -135,8 +143,8 @@ class Board:
                 if row.decides:
                     written[place + row.prompt - 1 - row.first] = row.slot
                 place += row.count
-            self.slot[:total] = torch.from_numpy(slot).to(self.slot.device)
-            self.written[:total] = torch.from_numpy(written).to(self.written.device)
+            self.slot[:total] = self._there(slot)
+            self.written[:total] = self._there(written)
         place = 0
         for row, target in zip(rows, targets or [None] * len(rows), strict=True):
             if target is not None:

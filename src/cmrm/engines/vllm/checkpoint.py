@@ -30,6 +30,8 @@ def readable_by_vllm(folder: Path) -> Path:
         ModelError: its tensors cannot be read. InputError: the copy cannot be written.
     """
     files = sorted(folder.glob("*.safetensors"))
+    if not _has_clip_tower(folder):
+        return folder
     try:
         names = {file: _names(file) for file in files}
     except (OSError, SafetensorError) as error:
@@ -58,6 +60,16 @@ def readable_by_vllm(folder: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write a copy for vLLM to {target}: {error}") from None
     return target
+
+
+def _has_clip_tower(folder: Path) -> bool:
+    """Whether the vision tower is one whose names vLLM reads in the older form."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no config.json that can be read: {error}") from None
+    kind = str((config.get("vision_config") or {}).get("model_type", ""))
+    return config.get("model_type", "").startswith("llava") and kind.startswith(("clip", "siglip"))
 
 
 def _names(file: Path) -> list[str]:

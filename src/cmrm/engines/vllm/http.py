@@ -1,13 +1,18 @@
 """Middleware of vLLM's own OpenAI-compatible server: what it says of its steering.
 
-`/health` answers 200 only where every worker is armed, and says with what; `/metrics` counts
-steered tokens. vLLM loads it by `--middleware cmrm.engines.vllm.http.Middleware`.
+`/health` answers 200 only where every worker is armed, and says with what; `/live` is vLLM's own
+health; `/metrics` counts steered tokens. Clients reach three paths of vLLM's, once every worker is
+armed. vLLM loads it by `--middleware cmrm.engines.vllm.http.Middleware`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import cache
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -25,26 +30,101 @@ COUNTERS = {
 """Name -> help text."""
 
 
+ASKED = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET"}
+"""Paths that clients may use, with their method. vLLM has more, not all of them behind the key."""
+MOST_BYTES = 64 * 2**20
+"""Of a request's body."""
+FRESH = 1.0
+"""Seconds for which a status is given again."""
+REFUSED: dict[str, Callable[[Any], bool]] = {
+    "use_beam_search": bool,
+    "continue_final_message": bool,
+    "add_generation_prompt": lambda value: value is False,
+    "chat_template": lambda value: value is not None,
+    "chat_template_kwargs": bool,
+    "echo": bool,
+    "kv_transfer_params": bool,
+}
+"""Fields of a body that would move the token at which steering begins -> whether they do."""
+
+
 class Middleware:
     """ASGI middleware around vLLM's application."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.armed = False
+        self.last: tuple[float, list[dict[str, Any]]] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer `/health`, add to `/metrics`, leave everything else to vLLM."""
-        path = scope.get("path", "") if scope["type"] == "http" else ""
+        """Answer `/health`, `/live` and `/metrics`; let clients ask, once every worker is armed."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        path = scope.get("path", "")
         if path == "/health":
             await self._health(scope, receive, send)
+        elif path == "/live":
+            state = await self._plain_health({**scope, "path": "/health"}, receive)
+            await _answer(send, state, b"", "text/plain")
         elif path == "/metrics":
             await self._metrics(scope, receive, send)
+        elif ASKED.get(path) != scope.get("method"):
+            await _refuse(send, 404, "there is no such path here")
         else:
-            await self.app(scope, receive, send)
+            await self._ask(scope, receive, send)
+
+    async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give a request to vLLM, where it can be steered rightly."""
+        if not self.armed:
+            try:
+                await self._status(scope)
+            except Exception as error:  # whatever the engine raises, it is not armed
+                await _refuse(send, 503, f"steering is not armed: {type(error).__name__}")
+                return
+        body = b""
+        if scope["method"] == "POST":
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                body += message.get("body", b"")
+                if len(body) > MOST_BYTES:
+                    await _refuse(send, 413, f"a request has at most {MOST_BYTES} bytes")
+                    return
+                if not message.get("more_body", False):
+                    break
+            reason = refused_body(body)
+            if reason is not None:
+                await _refuse(send, 400, reason)
+                return
+        given = False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, again, send)
 
     async def _status(self, scope: Scope) -> list[dict[str, Any]]:
-        """What every worker says; an exception where one is not armed, or silent."""
+        """What every worker says; an exception where one is not armed, is silent, or is armed with
+        something else than this server was started with."""
+        now = time.monotonic()
+        if self.last is not None and now - self.last[0] < FRESH:
+            return self.last[1]
+        self.armed = False
         client = scope["app"].state.engine_client
-        return list(await client.collective_rpc("cmrm_status", timeout=TIMEOUT))
+        answer = client.collective_rpc("cmrm_status", timeout=TIMEOUT)
+        workers = list(await asyncio.wait_for(answer, TIMEOUT))
+        expected = expected_program()
+        if not workers or any(worker["program"] != expected for worker in workers):
+            raise RuntimeError("a worker is armed with another program")
+        self.armed, self.last = True, (now, workers)
+        return workers
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = await self._plain_health(scope, receive)
@@ -54,7 +134,7 @@ class Middleware:
             body["steering"] = {
                 key: value for key, value in workers[0].items() if key not in COUNTERS
             }
-            armed = state == 200 and all(worker["armed"] for worker in workers)
+            armed = state == 200
         except Exception as error:  # whatever the engine raises: it is not healthy, and says why
             armed = False
             body["steering"] = {"armed": False, "reason": f"{type(error).__name__}: {error}"[:300]}
@@ -114,3 +194,31 @@ async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
     ]  # fmt: skip
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    """An error in the form of OpenAI's protocol."""
+    error = {"message": f"cmrm: {reason}", "type": "invalid_request_error", "code": status}
+    await _answer(send, status, json.dumps({"error": error}).encode(), "application/json")
+
+
+def refused_body(body: bytes) -> str | None:
+    """Why a body cannot be steered rightly; None where it can, or is none that vLLM takes."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return "the body is no JSON"
+    if not isinstance(asked, dict):
+        return "the body is no JSON object"
+    for name, moved in REFUSED.items():
+        if name in asked and moved(asked[name]):
+            return f"{name} would move the token at which steering begins; ask without it"
+    return None
+
+
+@cache
+def expected_program() -> str:
+    """Key of the program that this server's environment names."""
+    from cmrm.engines.vllm.arming import program_of
+
+    return program_of(os.environ)[0].key

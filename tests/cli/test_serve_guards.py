@@ -1,0 +1,154 @@
+"""What stands between a client and an unsteered answer: weights, bodies, paths, settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import families
+from cli.commands import output
+from cmrm import ShiftVectors, Steering, load_vlm
+from cmrm.cli.serve import check_checkpoint
+from cmrm.engines.vllm import http
+from cmrm.engines.vllm.checkpoint import readable_by_vllm
+from cmrm.engines.vllm.http import refused_body
+from cmrm.errors import ArtifactError, ModelError
+from cmrm.model.identity import identity_of
+from cmrm.shift.artifact import Provenance
+from cmrm.steering.gate import Gate
+
+N, WIDTH = 3, 32
+
+
+def test_other_towers_are_left_as_they_are(checkpoint: str, tmp_path: Path) -> None:
+    model, _ = families.pixtral()
+    model.save_pretrained(tmp_path / "pixtral")
+    assert readable_by_vllm(tmp_path / "pixtral") == tmp_path / "pixtral"
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        readable_by_vllm(tmp_path / "bad")
+    config = (Path(checkpoint) / "config.json").read_text()
+    (tmp_path / "bad" / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="cannot be read"):
+        readable_by_vllm(tmp_path / "bad")
+
+
+def test_weights_on_disk_are_the_artifacts(checkpoint: str, tmp_path: Path) -> None:
+    vlm = load_vlm(checkpoint)
+    made = Provenance("m", None, "LlavaForConditionalGeneration", WIDTH, N)
+    shift = ShiftVectors(torch.zeros(N, WIDTH), made, identity=identity_of(vlm))
+    check_checkpoint(Path(checkpoint), shift)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "down_proj" in name:
+                parameter.mul_(1.05)
+    vlm.model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ArtifactError, match="another model"):
+        check_checkpoint(tmp_path / "tuned", shift)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="no weight can be compared"):
+        check_checkpoint(tmp_path / "empty", shift)
+
+
+def test_a_recommended_fill_is_served_as_the_gate(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMRM_CACHE", str(tmp_path / "cache"))
+    vectors, direction, sequential = (torch.randn(N, WIDTH) for _ in range(3))
+    sequential[0] = 0
+    made = Provenance(
+        "m", None, "LlavaForConditionalGeneration", WIDTH, N, sequential_layers=(1, 2)
+    )
+    others = {"direction": direction, "sequential": sequential}
+    gate = Gate("linear", (0,), torch.randn(1, WIDTH), 0.0)
+    artifact = ShiftVectors(vectors, made, Steering(operator="fill"), others, gate=gate)
+    path = artifact.save(tmp_path / "s.safetensors")
+    text = " ".join(output("serve", checkpoint, "--shift", path, "--dry-run").split())
+    assert '"gate": true' in text
+    assert '"schedule": "sequential"' in text
+
+
+def test_bodies_that_would_move_where_steering_begins() -> None:
+    cases: tuple[tuple[Any, str], ...] = (
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"chat_template": "{{ x }}"}, "chat_template"), ([], "no JSON object"),
+    )  # fmt: skip
+    for body, reason in cases:
+        assert reason in str(refused_body(json.dumps(body).encode()))
+    assert "no JSON" in str(refused_body(b"{"))
+    assert "no JSON" in str(refused_body(b"[" * 100_000))
+    fine = {"use_beam_search": False, "add_generation_prompt": True, "messages": []}
+    assert refused_body(json.dumps(fine).encode()) is None
+
+
+class Client:
+    """In the place of vLLM's engine client."""
+
+    program = "right"
+
+    async def collective_rpc(self, name: str, timeout: float) -> list[dict[str, Any]]:
+        assert name == "cmrm_status"
+        if self.program == "silent":
+            await asyncio.sleep(60)
+        counts = dict.fromkeys(http.COUNTERS, 1)
+        return [{"armed": True, "program": self.program, **counts}]
+
+
+def test_paths_that_clients_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but three paths, and nothing before every worker is armed."""
+    reached: list[str] = []
+    client = Client()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    def ask(path: str, method: str = "POST", body: bytes = b"{}") -> int:
+        codes: list[int] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                codes.append(message["status"])
+
+        state = type("State", (), {"engine_client": client})()
+        scope = {
+            "type": "http", "path": path, "method": method,
+            "app": type("App", (), {"state": state})(),
+        }  # fmt: skip
+        asyncio.run(http.Middleware(app)(scope, receive, send))
+        return codes[0]
+
+    monkeypatch.setattr(http, "expected_program", lambda: "right")
+    monkeypatch.setattr(http, "TIMEOUT", 0.2)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert ask(path) == 200
+    assert ask("/v1/models", "GET", b"") == 200
+    assert ask("/health", "GET") == ask("/live", "GET") == 200
+    for path in (
+        "/invocations", "/tokenize", "/pooling", "/v1/responses", "/collective_rpc", "/",
+        "/v1/embeddings", "/docs", "/v1/chat/completions/", "/sleep",
+    ):  # fmt: skip
+        assert ask(path) == 404
+    assert ask("/v1/chat/completions", "GET") == 404
+    assert ask("/v1/chat/completions", body=b'{"use_beam_search": true}') == 400
+    monkeypatch.setattr(http, "MOST_BYTES", 10)
+    assert ask("/v1/chat/completions", body=b"{}" + b" " * 20) == 413
+    monkeypatch.setattr(http, "MOST_BYTES", 1000)
+    reached.clear()
+    for client.program in ("wrong", "silent"):
+        assert ask("/v1/chat/completions") == 503
+        assert ask("/health", "GET") == 503
+        assert ask("/live", "GET") == 200
+    assert set(reached) == {"/health"}
