@@ -74,6 +74,21 @@ def test_rows_of_source_and_tuned_settings(command: list[Any], tmp_path: Path) -
     assert "tuned, 3 trials" in page.replace("\u00a0", " ")
 
 
+def test_a_larger_budget_continues_the_grid(command: list[Any], tmp_path: Path) -> None:
+    """Studies go on, and a row whose setting changes by it is asked again."""
+    first = json_of(*command, 1, "--json")
+    assert first["settings"]["origins"]["coca@tuned"].startswith("tuned, 1 trials: the default")
+    second = json_of(*command, 4, "--json")
+    assert second["settings"]["origins"]["coca@tuned"].startswith("tuned, 4 trials")
+    changed = second["settings"]["defenses"]["cmrm_dataset@tuned"]
+    assert changed != first["settings"]["defenses"]["cmrm_dataset@tuned"]
+    row = next(cell for cell in second["cells"] if cell["defense"] == "cmrm_dataset@tuned")
+    assert row["settings"]["alpha"] == changed["alpha"]
+    other = [9 if part == 8 else part for part in command]
+    assert "holds another run" in refused(*other, 6)
+    assert len(read_tuned(tmp_path / "grid/tuned/coca/tune.json")["trials"]) == 4
+
+
 def test_a_dry_run_says_what_would_be_tuned(command: list[Any], tmp_path: Path) -> None:
     text = " ".join(output(*command, 12, "--dry-run").split())
     assert "cmrm_dataset, coca: 12 trials each" in text
@@ -87,6 +102,9 @@ def test_bad_input(command: list[Any], files: Files, tmp_path: Path) -> None:
     assert "none of --defenses has settings" in refused(
         *command[:at], "ecso", *command[at + 1 :], 3
     )
+    (tmp_path / "base.json").write_text('{"coca": {"alpha": 3.0}}')
+    given = refused(*command, 3, "--settings", tmp_path / "base.json")
+    assert "--settings has coca, which --tune-budget tunes" in given
     (tmp_path / "own.json").write_text('{"coca@tuned": {"alpha": 2.0}}')
     own = ("--settings", tmp_path / "own.json")
     taken = refused(*command[:at], "coca,coca@tuned", *command[at + 1 :], 3, *own)

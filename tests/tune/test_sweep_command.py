@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,26 @@ def test_sets(command: Command, files: Files, tmp_path: Path) -> None:
     assert [(p["series"], p["x"], p["y"]) for p in result["points"]] == [
         ("none", "dev", "none"), ("cmrm_dataset", "dev", "anchors"),
     ]  # fmt: skip
-    same = [files.dev if part == files.anchors else part for part in base]
+    own = [part for part in base if part not in ("--benign-anchors", files.benign)]
+    same = [files.dev if part == files.anchors else part for part in own]
     halves = json_of(*same, "--json")
+    assert halves["samples"]["harmful anchors"] < 8, "questions are no anchors"
+    assert halves["samples"]["benign anchors"] > 0
+    mixed = [files.dev if part == files.anchors else part for part in base]
+    assert "has benign samples of its own" in refused(*mixed)
+    empty = [files.benign if part == files.anchors else part for part in own]
+    assert "leaves no harmful anchors" in refused(*empty)
+    asked_only = write_set(tmp_path / "questions.jsonl", list(rows("dev", "question", 4)))
+    first = [asked_only if part == files.dev else part for part in base]
+    only = json_of(*first, "--json")
+    assert only["samples"]["questions"] == 4
     assert halves["samples"]["harmful"] < 8, "a set on both sides is split"
     copied = write_set(tmp_path / "copied.jsonl", list(rows("dev", "harmful", 6)))
     leaking = [copied if part == files.anchors else part for part in base]
     assert "6 anchors of copied are asked in dev samples of dev too" in refused(*leaking)
     lists = json_of(
-        *command[:2], "--anchors", f"{files.anchors},{other}", "--benign-anchors", files.benign,
-        "--dev", other, *command[at + 1 :], "sets", "--json",
+        *command[:2], "--anchors", f"{files.anchors},{other}", "--dev", other,
+        *command[at + 1 :], "sets", "--json",
     )  # fmt: skip
     assert {p["y"] for p in lists["points"]} == {"none", "anchors", "other"}
     assert lists["samples"]["harmful"] < 6, "a set on both sides is split"
@@ -168,7 +180,36 @@ def test_artifacts_of_two_fine_tunes(
     result = json_of(*ask, "--other-weights", "--json")
     assert [p["x"] for p in result["points"]] == ["own", "foreign"]
     assert all(p["rates"] for p in result["points"])
-    assert "takes no artifact" in refused(*ask, "--other-weights", "--defenses", "cast")
+    elsewhere = [tmp_path / "p" if part == tmp_path / "o" else part for part in ask]
+    assert "takes no artifact" in refused(*elsewhere, "--other-weights", "--defenses", "cast")
+    assert "holds another one" in refused(*command, "alpha")
+    leaking = ("extract", checkpoint, "--anchors", only_harmful(files, tmp_path))
+    output(*leaking, "-o", tmp_path / "leak.safetensors")
+    bare = [part for part in elsewhere if part not in ("--anchors", files.anchors)]
+    bare = [tmp_path / "leak.safetensors" if part == shifts else part for part in bare]
+    assert "was fitted on the dev set" in refused(*bare)
+
+
+def only_harmful(files: Files, folder: Path) -> Path:
+    return write_set(folder / "dev_harmful.jsonl", list(rows("dev", "harmful", 8)))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_each_series_has_a_fit_of_its_own(command: Command, tmp_path: Path, turn: int) -> None:
+    """Neither the order of the defences nor an earlier call decides what is measured."""
+    settings = {
+        "cmrm_gated@some": {"layers": [2]}, "cmrm_dataset@seq": {"schedule": "sequential"},
+    }  # fmt: skip
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    names = ["cmrm_gated", "cmrm_gated@some", "cmrm_dataset", "cmrm_dataset@seq"][::turn]
+    ask = (*command, "alpha", "--values", "1", "--settings", tmp_path / "own.json", "--defenses")
+    together = json_of(*ask, ",".join(names), "--json")
+    assert [point["reason"] for point in together["points"]] == [None] * 4
+    (tmp_path / "o" / "sweep.json").unlink()
+    whole = {point["series"]: point["rates"] for point in together["points"]}
+    (tmp_path / "own.json").write_text(json.dumps({"cmrm_gated@some": {"layers": [2]}}))
+    alone = json_of(*ask, "cmrm_gated@some", "--json")["points"][0]
+    assert alone["rates"] == whole["cmrm_gated@some"]
 
 
 def test_the_same_call_again_generates_nothing(
@@ -209,6 +250,9 @@ def test_bad_input(command: Command, files: Files, tmp_path: Path) -> None:
     assert "--limit is 0" in ask("alpha", "--limit", 0)
     assert "--draws is 0" in ask("alpha", "--draws", 0)
     assert "unknown defence" in ask("alpha", "--defenses", "nobody")
+    assert "is a stack" in ask("alpha", "--defenses", "ecso+cmrm_dataset")
+    (tmp_path / "stray.json").write_text('{"cast": {"alpha": 2}}')
+    assert "cast, which is not among" in ask("alpha", "--settings", tmp_path / "stray.json")
     (tmp_path / "bad.json").write_text("[1]")
     assert "no mapping" in ask("alpha", "--settings", tmp_path / "bad.json")
     bare = [p for p in command if p not in ("--dev", files.dev)]

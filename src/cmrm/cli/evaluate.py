@@ -175,7 +175,11 @@ def evaluate(
         seed=seed,
         model_options=options,
         rater=rater,
-        tuned=dict.fromkeys(variants, "chosen on the demo's anchors"),
+        tuned={
+            name: "chosen on the demo's anchors"
+            for name in variants
+            if name not in c.read_settings(settings)
+        },
     )
     if plan.shift is not None:
         used = {

@@ -90,12 +90,17 @@ def grid_finding(plan: Plan, sets: Sets, budget: str) -> Finding:
 
 def tune_grid(plan: Plan, sets: Sets, budget: Budget, out: Path, *, demo: bool) -> Plan:
     """The plan with a tuned row for each defence; studies lie in `out/tuned`."""
+    from cmrm.evaluate.folder import Folder
     from cmrm.evaluate.provider import shared_engine
     from cmrm.tune.grid import tuned_plan
 
     engine = shared_engine(plan.model, **plan.model_options)
+    folder = Folder(out)
+    folder.check(plan, engine)
     tokens = min(DEMO_TOKENS, plan.max_new_tokens) if demo else plan.max_new_tokens
     with c.progress(None) as (say, tick):
-        return tuned_plan(
+        tuned = tuned_plan(
             plan, engine, sets, budget, out / "tuned", max_new_tokens=tokens, say=say, tick=tick
         )
+    folder.renew(tuned, list(tuned.tuned))
+    return tuned

@@ -118,6 +118,35 @@ def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:
     return dict(document)
 
 
+def check_free(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to write a document over one of something else.
+
+    Args:
+        path: of the document.
+        wanted: fields that it has to have, where it exists.
+
+    Raises:
+        InputError: the document there has other ones; nothing is lost.
+    """
+    from cmrm.errors import InputError
+
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        there = {name: found.get(name) for name in wanted}
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"{path} is damaged; name another folder with --out") from None
+    for name, value in wanted.items():
+        other = there[name]
+        if isinstance(value, list) and isinstance(other, list):
+            other = [part for part in other if part != "none"]
+        if other != value:
+            raise InputError(
+                f"{path} holds another one ({name}: {other}); name another folder with --out"
+            )
+
+
 def quiet(*, offline: bool = False) -> None:
     """Turn off the libraries' own bars and warnings; `offline` also keeps the hub out."""
     if offline:

@@ -107,7 +107,17 @@ def sweep(
     from cmrm.judges import make_judge
 
     names = c.parse_names(defenses, "--defenses")
-    known = demo_variants(model) | c.read_settings(settings)
+    stacks = [name for name in names if "+" in name]
+    if stacks:
+        raise InputError(f"{stacks[0]!r} is a stack; sweep one defence at a time")
+    given = c.read_settings(settings)
+    stray = [name for name in given if name not in names]
+    if stray:
+        raise InputError(
+            f"{settings} has settings for {', '.join(stray)}, which is not among --defenses"
+        )
+    known = demo_variants(model) | given
+    c.check_free(out / "sweep.json", {"over": over, "defenses": names})
     needs_fit = any(make_defense(name, known).needs_fit for name in names)
     points = None if values is None else c.parse_names(values, "--values")
     _check(over, points, shifts, other_weights, limit, draws)
@@ -148,6 +158,7 @@ def sweep(
     else:
         whole = read.dev.drawn(limit)
         artifacts = _shifts(shifts, engine, other_weights=other_weights)
+        _check_asked(artifacts, whole, checked=anchors is not None)
         question = _question(
             over, engine, names, known, read.anchors, whole, points, artifacts, draws, seed
         )
@@ -266,7 +277,9 @@ def _each_set(
     """
     from cmrm.defenses import FitData
     from cmrm.errors import InputError
-    from cmrm.prompts.splits import refuse_leaks, split_by_content
+    from cmrm.measure.outcomes import kind_of
+    from cmrm.prompts.splits import refuse_leaks, refuse_overlap, split_by_content
+    from cmrm.sweep.setups import UNTOUCHED
     from cmrm.tune.sets import Dev, Sets, demo_sets
 
     if anchors is None or dev is None:
@@ -278,8 +291,8 @@ def _each_set(
     sets: dict[str, Sets] = {}
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         key = name if name == c.DEMO else _stem(name)
-        if key in sets:
-            raise InputError(f"two sets are called {key!r}; rename a file")
+        if key in sets or key == UNTOUCHED:
+            raise InputError(f"another row is called {key!r} too; rename a file")
         if name == c.DEMO:
             both = demo_sets(batch_size)
             fit, asked = both.anchors, both.dev
@@ -290,17 +303,31 @@ def _each_set(
                 if name in sides[0] and name in sides[1]
                 else (samples, samples)
             )
-            harmful = [sample for sample in first if sample.label != "benign"]
+            harmful = [sample for sample in first if kind_of(sample) in ("harmful", "other")]
             own = [sample for sample in first if sample.label == "benign"]
+            if name in sides[0] and own and benign:
+                raise InputError(
+                    f"{key} has benign samples of its own; leave --benign-anchors out, so that "
+                    "every row is fitted alike"
+                )
             fit = FitData(harmful, own or benign, batch_size)
             asked = Dev.some(rest) if name in sides[1] else empty
+            if name in sides[0]:
+                refuse_overlap(fit.harmful, fit.benign)
+        for side, count, what in (
+            (0, len(fit.harmful), "harmful anchors"), (1, len(asked.samples), "dev samples"),
+        ):  # fmt: skip
+            if name in sides[side] and not count:
+                raise InputError(
+                    f"{key} leaves no {what}; give a larger set, or one of another kind"
+                )
         sets[key] = Sets(
             fit if name in sides[0] else FitData((), (), batch_size),
             asked.drawn(limit) if name in sides[1] else empty,
         )
     for used, one in sets.items():
         for shown, other in sets.items():
-            requests = (*other.dev.harmful, *other.dev.benign)
+            requests = other.dev.samples
             refuse_leaks(
                 one.anchors.all, requests, sides=(f"anchors of {used}", f"dev samples of {shown}")
             )
@@ -346,6 +373,35 @@ def _shifts(
             raise InputError(f"two artifacts are called {key!r}; rename one")
         shifts[key] = shift
     return shifts
+
+
+def _check_asked(artifacts: Mapping[str, ShiftVectors], dev: Dev, *, checked: bool) -> None:
+    """Refuse artifacts that were fitted on the dev set, as far as their hashes tell.
+
+    Raises:
+        InputError: one was.
+    """
+    from cmrm.errors import InputError
+    from cmrm.prompts.ours import prompt_samples
+    from cmrm.prompts.splits import set_hash
+
+    asked = {set_hash(part): "the dev set" for part in (dev.harmful, dev.benign) if part}
+    if any(sample.id.startswith("anchor-") for sample in dev.harmful):
+        for label in ("harmful", "benign"):
+            asked[set_hash(prompt_samples("anchor", label))] = "all of the demo's anchors"
+    for name, shift in artifacts.items():
+        for digest in (shift.provenance.anchor_hash, shift.provenance.benign_hash):
+            if digest and digest in asked:
+                raise InputError(
+                    f"{name} was fitted on {asked[digest]}, of which samples are asked here; fit "
+                    "it on other anchors"
+                )
+    if artifacts and not checked:
+        typer.echo(
+            "cmrm: whether the artifacts were fitted on samples of the dev set was not checked; "
+            "name what they were fitted on (--anchors, --benign-anchors)",
+            err=True,
+        )
 
 
 def _print(result: Mapping[str, Any], page: Path, out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from cmrm.defenses import Defense, FitData
 from cmrm.engines.base import Engine
 from cmrm.errors import InputError
+from cmrm.evaluate.defended import fitted_file
 from cmrm.evaluate.plan import Plan
 from cmrm.files import write_json
 from cmrm.model.identity import public_name
@@ -52,8 +53,17 @@ class Folder:
         if not self.plan.exists():
             write_json(self.plan, binding)
             return True
+        earlier = self._different(binding)
+        for name in ("sets", "settings"):
+            binding[name] = {**earlier[name], **binding[name]}
+        binding["anchors"] = binding["anchors"] or earlier["anchors"]
+        write_json(self.plan, binding)
+        return False
+
+    def _different(self, binding: Mapping[str, Any]) -> dict[str, Any]:
+        """What the folder is bound to; an `InputError` where a binding is another one."""
         try:
-            earlier = json.loads(self.plan.read_text(encoding="utf-8"))
+            earlier: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
             different = _differences(earlier, binding)
         except (OSError, ValueError, TypeError, AttributeError):
             raise InputError(
@@ -64,11 +74,33 @@ class Folder:
                 f"{self.root} holds another run ({', '.join(different)} differ); choose another "
                 "--out, or remove it"
             )
-        for name in ("sets", "settings"):
-            binding[name] = {**earlier[name], **binding[name]}
-        binding["anchors"] = binding["anchors"] or earlier["anchors"]
-        write_json(self.plan, binding)
-        return False
+        return earlier
+
+    def check(self, plan: Plan, engine: Engine) -> None:
+        """Refuse a folder of another run, as `bind` does; nothing is written.
+
+        Raises:
+            InputError: it is bound to another run.
+        """
+        if self.plan.exists():
+            self._different(_binding(plan, engine))
+
+    def renew(self, plan: Plan, names: Sequence[str]) -> None:
+        """Let rows whose settings were searched again have other ones than before: what was fitted
+        and logged for the earlier ones goes, replies stay.
+
+        `names`: of those rows.
+        """
+        if not self.plan.exists():
+            return
+        stored = json.loads(self.plan.read_text(encoding="utf-8"))
+        for part in plan.parts():
+            settings = json.loads(json.dumps(_settings(plan, part), default=str))
+            if part.name in names and stored["settings"].get(part.name, settings) != settings:
+                del stored["settings"][part.name]
+                fitted_file(self.fitted, part).unlink(missing_ok=True)
+                shutil.rmtree(self.logs / part.name, ignore_errors=True)
+        write_json(self.plan, stored)
 
     def release(self) -> None:
         """Make a folder free again in which nothing was generated."""

@@ -63,6 +63,9 @@ class Perturbation:
                 f"{kind.high:g}"
             )
 
+        if self.name == "jpeg" and self.level != int(self.level):
+            raise InputError(f"the quality of jpeg is a whole number, not {self.level:g}")
+
     @classmethod
     def parse(cls, text: str) -> Perturbation:
         """`jpeg:20`.

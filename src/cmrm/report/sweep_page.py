@@ -84,7 +84,19 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the sweep depends on, name and text."""
     names = ("model", "samples", "batch_size", "max_new_tokens", "seed", "seconds", "versions",
              "machine")  # fmt: skip
-    return [(name.replace("_", " "), _plain(document[name])) for name in names]
+    rows = [(name.replace("_", " "), _plain(document[name])) for name in names]
+    rows.append(("judges", ", ".join(document["judges"])))
+    seen: dict[str, Mapping[str, Any]] = {}
+    for point in document["points"]:
+        if point["series"] != "none":
+            seen.setdefault(_owner(document, point), point["settings"])
+    return rows + [(f"settings of {name}", _plain(values)) for name, values in seen.items()]
+
+
+def _owner(document: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """Whose settings a point shows: each artifact has its own, other points what is not varied."""
+    name = str(point["series"])
+    return f"{name}, {point['x']}" if document["over"] == "shifts" else f"{name}, first point"
 
 
 def _plain(value: object) -> str:

@@ -100,22 +100,28 @@ def _lines(document: Sweep) -> Figure | None:
 def _line(
     axes: Any, points: Sequence[Mapping[str, Any]], key: str, judge: str, name: str, shade: str
 ) -> None:
-    drawn_rates: dict[float, list[Mapping[str, Any]]] = {}
+    places = sorted({float(point["x"]) for point in points})
+    rates: dict[float, list[Mapping[str, Any]]] = {x: [] for x in places}
     for point in points:
         rate = rate_of(point["rates"], key, judge)
         if rate is not None:
-            drawn_rates.setdefault(float(point["x"]), []).append(rate)
-    if not drawn_rates:
+            rates[float(point["x"])].append(rate)
+    if not any(rates.values()):
         return
-    places = sorted(drawn_rates)
-    means = [100 * mean(rate["rate"] for rate in drawn_rates[x]) for x in places]
+    missing = float("nan")
+    means = [100 * mean(rate["rate"] for rate in rates[x]) if rates[x] else missing for x in places]
     axes.plot(places, means, color=shade, marker="o", ms=3, lw=1.4, label=label(name))
-    if max(map(len, drawn_rates.values())) == 1:
-        low, high = ([100 * drawn_rates[x][0][end] for x in places] for end in ("low", "high"))
-        axes.fill_between(places, low, high, color=shade, alpha=0.15, lw=0)
+    gone = [x for x in places if not rates[x]]
+    axes.plot(gone, [-1] * len(gone), ls="", marker="x", ms=5, color=shade, clip_on=False)
+    if max(map(len, rates.values())) == 1:
+        for ends, strength in ((("lowest", "highest"), 0.07), (("low", "high"), 0.15)):
+            low, high = (
+                [100 * rates[x][0][end] if rates[x] else missing for x in places] for end in ends
+            )
+            axes.fill_between(places, low, high, color=shade, alpha=strength, lw=0)
         return
     for x in places:
-        shares = [100 * rate["rate"] for rate in drawn_rates[x]]
+        shares = [100 * rate["rate"] for rate in rates[x]]
         axes.plot([x] * len(shares), shares, ls="", marker="x", ms=5, color=shade, alpha=0.7)
 
 
@@ -151,6 +157,12 @@ def _names(document: Sweep) -> Figure | None:
                 share = 100 * rate["rate"]
                 reach = [[max(0.0, share - 100 * rate["low"])],
                          [max(0.0, 100 * rate["high"] - share)]]  # fmt: skip
+                if rate["unscored"]:
+                    axes.plot(
+                        [100 * rate["lowest"], 100 * rate["highest"]],
+                        [rows.index(str(point["x"])) + offset] * 2, color=colour(name, place),
+                        lw=5, alpha=0.2, solid_capstyle="butt",
+                    )  # fmt: skip
                 axes.errorbar(
                     share, rows.index(str(point["x"])) + offset, xerr=reach, fmt="o", ms=3.5, lw=1,
                     color=colour(name, place), label=None if labelled else label(name),
@@ -194,10 +206,14 @@ def _heat(document: Sweep, name: str) -> Figure | None:
     figure, panels = _panels(len(figures), width, max(2.4, 0.42 * len(rows) + 1.5))
     for axes, (key, words) in zip(panels, figures.items(), strict=True):
         values = [[float("nan")] * len(columns) for _ in rows]
+        open_cells = set()
         for point in points:
             rate = rate_of(point["rates"], key, judge)
             if rate is not None:
-                values[rows.index(point["y"])][columns.index(point["x"])] = 100 * rate["rate"]
+                row, column = rows.index(point["y"]), columns.index(point["x"])
+                values[row][column] = 100 * rate["rate"]
+                if rate["unscored"]:
+                    open_cells.add((row, column))
         good = key == "accuracy"
         axes.imshow(
             values, vmin=0, vmax=100, cmap="YlGnBu" if good else "OrRd", aspect="auto", alpha=0.85
@@ -205,8 +221,9 @@ def _heat(document: Sweep, name: str) -> Figure | None:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 if value == value:
+                    star = "*" if (row, column) in open_cells else ""
                     axes.text(
-                        column, row, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                        column, row, f"{value:.0f}{star}", ha="center", va="center", fontsize=8,
                         color="white" if value > 60 else "#1d2733",
                     )  # fmt: skip
         slanted = any(isinstance(text, str) for text in columns)

@@ -14,7 +14,7 @@ from cmrm.measure.environment import machine_info, model_info, versions_info
 from cmrm.prompts.conditions import Condition
 from cmrm.prompts.splits import set_hash
 from cmrm.sweep.schema import checked
-from cmrm.sweep.setups import Question, Setup
+from cmrm.sweep.setups import UNTOUCHED, Question, Setup
 from cmrm.tune.fitting import Fitter
 from cmrm.tune.measuring import Bench
 from cmrm.tune.sets import Dev
@@ -57,13 +57,14 @@ def sweep(
     for number, setup in enumerate(question.setups, 1):
         say(f"point {number} of {len(question.setups)}: {_place(setup)}")
         points.append(_point(setup, bench, fitters, out, say))
-    if all(point["rates"] is None for point in points):
-        raise InputError(f"no point could be measured; the first: {points[0]['reason']}")
-    data = next((setup.data for setup in question.setups if setup.data is not None), None)
+    steered = [point for point in points if point["series"] != UNTOUCHED]
+    if all(point["rates"] is None for point in steered):
+        raise InputError(f"no point could be measured; the first: {steered[0]['reason']}")
+    fits = [setup.data for setup in question.setups if setup.data is not None]
     counts = {
         "harmful": len(dev.harmful), "benign": len(dev.benign), "questions": len(dev.questions),
-        "harmful anchors": 0 if data is None else len(data.harmful),
-        "benign anchors": 0 if data is None else len(data.benign),
+        "harmful anchors": max((len(data.harmful) for data in fits), default=0),
+        "benign anchors": max((len(data.benign) for data in fits), default=0),
     }  # fmt: skip
     return checked({
         "model": model_info(bench.engine.vlm, name),
@@ -83,7 +84,9 @@ def _place(setup: Setup) -> str:
 
 def _references(question: Question, bench: Bench, dev: Dev, say: Say) -> dict[str, Any]:
     """Rates of the untouched model, with images where the points do not hold them, and as text."""
-    none = make_defense("none")
+    none = make_defense(UNTOUCHED)
+    if question.several_sets:
+        return {"image": None, "text": None}
     say("the untouched model as text")
     bare = Dev(dev.harmful, dev.benign)
     text = bench.rates(bench.cell(bare, none, Condition.QUERY))
@@ -104,6 +107,7 @@ def _point(
         "settings": dict(setup.settings), "rates": None, "reason": None,
     }  # fmt: skip
     try:
+        dev = setup.measured_on()
         defense = setup.defense()
         row["settings"] = defense.settings
         defense.check(bench.engine)
@@ -114,10 +118,29 @@ def _point(
                     bench.engine, setup.data, out / "fitted" / key[1], defense, say
                 )
             fitters[key].fit(defense)
-        row["rates"] = bench.rates(bench.cell(setup.dev, defense))
+        row["rates"] = bench.rates(bench.cell(dev, defense))
+        if setup.series == UNTOUCHED:
+            _check_untouched(bench, row["rates"])
+    except JudgeError:
+        raise
     except CmrmError as error:
         row["reason"] = str(error)
     return row | {"seconds": round(monotonic() - start, 3)}
+
+
+class JudgeError(InputError):
+    """The first judge scores nothing of the untouched model's replies."""
+
+
+def _check_untouched(bench: Bench, rates: dict[str, Any]) -> None:
+    """Raises `JudgeError` where nothing can be compared with the untouched model."""
+    judge = next(iter(bench.judges))
+    unsafe = rates["judges"][judge]["unsafe"]
+    if unsafe is not None and unsafe["rate"] is None:
+        raise JudgeError(
+            f"the judge {judge!r} scores none of the untouched model's replies to harmful "
+            "requests, so that nothing can be compared; name another one first (--judges)"
+        )
 
 
 def _digest(data: FitData) -> str:

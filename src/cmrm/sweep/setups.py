@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from cmrm.defenses import Defense, FitData, make_defense
@@ -41,8 +42,8 @@ class Setup:
     """Name of the defence, or `none`."""
     x: float | str
     """Where it stands on the first axis."""
-    dev: Dev
-    """What it is measured on."""
+    dev: Dev | Callable[[], Dev]
+    """What it is measured on, or what makes it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the defence."""
     data: FitData | None = None
@@ -53,6 +54,14 @@ class Setup:
     """Where it stands on the second axis."""
     draw: int = 0
     """Number of the random draw."""
+
+    def measured_on(self) -> Dev:
+        """The dev set of the point.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        return self.dev() if callable(self.dev) else self.dev
 
     def defense(self) -> Defense:
         """The defence; fitted where it takes an artifact, else not.
@@ -91,6 +100,8 @@ class Question:
     """Points in the order in which they are measured."""
     untouched: bool = False
     """Whether `none` is among the series: the image, or the dev set, is varied."""
+    several_sets: bool = False
+    """Whether points have dev sets of their own, so that there is no one reference."""
 
 
 def _settings(name: str, settings: Settings) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def over_setting(
                 f"{name} has no number {setting!r} that can be varied; it has "
                 f"{', '.join(numbers) or 'none'}"
             )
-        for value in values or _steps(part):
+        for value in sorted(set(values)) if values else _steps(part):
             wanted = int(value) if isinstance(part, Whole) else float(value)
             if wanted != value:
                 raise InputError(f"{setting} of {name} is a whole number, not {value:g}")
@@ -210,8 +221,9 @@ def over_anchors(
     unfitted = [name for name in names if not _made(name, settings).needs_fit]
     if unfitted:
         raise InputError(f"{', '.join(unfitted)} is not fitted on anchors")
-    total = max(len(data.harmful), len(data.benign))
-    chosen = sorted({n for n in COUNTS if n < total} | {total}) if counts is None else counts
+    sides = [len(side) for side in (data.harmful, data.benign) if side]
+    total = min(sides, default=0)
+    chosen = sorted({n for n in COUNTS if n < total} | {total} if counts is None else set(counts))
     for n in chosen:
         if not 1 <= n <= total:
             raise InputError(f"--values asks for {n} anchors; there are {total}")
@@ -251,23 +263,44 @@ def over_images(
     """  # fmt: skip
     setups: list[Setup] = []
     for perturbation in (None, *perturbations):
-        changed, text = dev, "unchanged"
-        if perturbation is not None:
-            changed = _mapped(dev, lambda s, p=perturbation: p.sample(s, seed=seed))  # type: ignore[misc]
-            text = str(perturbation)
-        setups += _with_untouched(names, settings, data, changed, text)
+        if perturbation is None:
+            setups += _with_untouched(names, settings, data, dev, "unchanged")
+            continue
+        change = partial(_perturbed, perturbation=perturbation, seed=seed)
+        text = str(perturbation)
+        setups += _with_untouched(names, settings, data, _Changed(dev, change), text)
     return Question("images", Axes("perturbation of the image"), setups, untouched=True)
+
+
+class _Changed:
+    """A dev set with other images, made when it is asked for and kept until another one is."""
+
+    last: tuple[object, Dev] | None = None
+
+    def __init__(self, dev: Dev, change: Callable[[Dev], Dev]) -> None:
+        self.dev, self.change = dev, change
+
+    def __call__(self) -> Dev:
+        kept = _Changed.last
+        if kept is None or kept[0] is not self:
+            kept = (self, self.change(self.dev))
+            _Changed.last = kept
+        return kept[1]
 
 
 def _mapped(dev: Dev, change: Callable[[Sample], Sample]) -> Dev:
     return Dev(*(tuple(map(change, part)) for part in (dev.harmful, dev.benign, dev.questions)))
 
 
+def _perturbed(dev: Dev, *, perturbation: Perturbation, seed: int) -> Dev:
+    return _mapped(dev, lambda sample: perturbation.sample(sample, seed=seed))
+
+
 def _with_untouched(
     names: Sequence[str],
     settings: Settings,
     data: FitData,
-    dev: Dev,
+    dev: Dev | Callable[[], Dev],
     x: str,
     y: str | None = None,
 ) -> Iterator[Setup]:
@@ -300,7 +333,10 @@ def over_corruptions(
             raise InputError(f"{name} estimates nothing with a corrupted image")
     setups = []
     for shown in ("original", *corruptions):
-        changed = dev if shown == "original" else corrupted(dev, Condition(shown), seed=seed)
+        changed: Dev | Callable[[], Dev] = dev
+        if shown != "original":
+            change = partial(corrupted, condition=Condition(shown), seed=seed)
+            changed = _Changed(dev, change)
         setups.append(Setup(UNTOUCHED, shown, changed, y="none"))
         for name in names:
             for used in corruptions:
@@ -339,7 +375,7 @@ def over_sets(
             for used, data in anchors.items():
                 setups.append(Setup(name, shown, dev, _settings(name, settings), data, y=used))
     axes = Axes("dev set", "anchors")
-    return Question("sets", axes, setups, untouched=True)
+    return Question("sets", axes, setups, untouched=True, several_sets=True)
 
 
 def over_shifts(

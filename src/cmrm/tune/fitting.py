@@ -82,15 +82,17 @@ class Fitter:
         }  # fmt: skip
         if defense.needs_benign:
             wanted |= {"gate_kind": defense.gate_kind, "false_alarms": default.false_alarms}
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        sequential = default.steering.kind == "sequential"
+        fixed = default.steering if benign is not None or sequential else None
+        kind = None if fixed is None else replace(fixed, alpha=1.0).to_json()
+        text = json.dumps([wanted, kind], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if digest in self._shifts:
             return self._shifts[digest]
         file = self.folder / f"shift-{digest}.safetensors"
         shift = self._stored(file)
         if shift is None:
             self.say(f"extracting vectors for {defense.name}")
-            sequential = default.steering.kind == "sequential"
-            fixed = default.steering if benign is not None or sequential else None
             self.folder.mkdir(parents=True, exist_ok=True)
             shift = self.engine.estimate_shift(
                 self.data.shifted, benign=benign, recommended=fixed,

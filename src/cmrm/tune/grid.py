@@ -40,7 +40,7 @@ class Budget:
 
 def tunable_names(plan: Plan) -> tuple[str, ...]:
     """The plan's defences that have settings to tune, without variants and stacks, each once."""
-    names = dict.fromkeys(base_name(name) for name in plan.defenses if "+" not in name)
+    names = [name for name in plan.defenses if "+" not in name and name == base_name(name)]
     return tuple(name for name in names if type(make_defense(name)).space is not Defense.space)
 
 
@@ -84,6 +84,8 @@ def tuned_plan(
         ReplyStore(out / "replies.db"), plan.batch_size, max_new_tokens or plan.max_new_tokens,
         plan.seed, tick,
     )  # fmt: skip
+    say("the untouched model on the dev set")
+    bench.cell(sets.dev, make_defense("none"))
     settings, rows = dict(plan.settings), {}
     for name in names:
         row = f"{name}@tuned"
@@ -104,6 +106,12 @@ def check_tunable(plan: Plan, names: tuple[str, ...]) -> None:
     if plan.shift is not None:
         raise InputError(
             "--tune-budget fits vectors for each setting and --shift gives them; leave one out"
+        )
+    given = [name for name in names if name in plan.settings]
+    if given:
+        raise InputError(
+            f"--settings has {', '.join(given)}, which --tune-budget tunes from the source's "
+            "default; leave one out, or name a variant (NAME@mine)"
         )
     taken = [f"{name}@tuned" for name in names if f"{name}@tuned" in plan.defenses]
     if taken:
