@@ -25,8 +25,9 @@ def test_every_field_is_named() -> None:
 
 
 def test_options_are_the_commands() -> None:
-    command = get_command(app).commands["tune"]  # type: ignore[attr-defined]
-    known = {option for parameter in command.params for option in parameter.opts}
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    parameters = [*commands["tune"].params, *commands["evaluate"].params]
+    known = {option for parameter in parameters for option in parameter.opts}
     options = set(re.findall(r"`(--[a-z-]+)`", PAGE))
     assert len(options) > 6
     assert options <= known
