@@ -112,7 +112,8 @@ def _line(
     means = [100 * mean(rate["rate"] for rate in rates[x]) if rates[x] else missing for x in places]
     axes.plot(places, means, color=shade, marker="o", ms=3, lw=1.4, label=label(name))
     gone = [x for x in places if not rates[x]]
-    axes.plot(gone, [-1] * len(gone), ls="", marker="x", ms=5, color=shade, clip_on=False)
+    if gone:
+        axes.plot(gone, [-1] * len(gone), ls="", marker="x", ms=5, color=shade)
     if max(map(len, rates.values())) == 1:
         for ends, strength in ((("lowest", "highest"), 0.07), (("low", "high"), 0.15)):
             low, high = (
@@ -133,6 +134,7 @@ def _scale(axes: Any, places: Sequence[float]) -> None:
         ticks = sorted({places[0], round(middle, 6), 2 * middle, *places[-2:]})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+        axes.set_xlim(places[0] - 0.1 * middle, 1.2 * places[-1])
 
 
 def _names(document: Sweep) -> Figure | None:
