@@ -102,5 +102,5 @@ def tune_grid(plan: Plan, sets: Sets, budget: Budget, out: Path, *, demo: bool) 
         tuned = tuned_plan(
             plan, engine, sets, budget, out / "tuned", max_new_tokens=tokens, say=say, tick=tick
         )
-    folder.renew(tuned, list(tuned.tuned))
+    folder.renew(tuned, [name for name in tuned.tuned if name not in plan.tuned])
     return tuned

@@ -91,7 +91,10 @@ def tuned_plan(
         row = f"{name}@tuned"
         settings[row], rows[row] = _tuned(name, plan, bench, sets, budget, out / name, say)
     return replace(
-        plan, defenses=tuple(dict.fromkeys((*plan.defenses, *rows))), settings=settings, tuned=rows
+        plan,
+        defenses=tuple(dict.fromkeys((*plan.defenses, *rows))),
+        settings=settings,
+        tuned={**plan.tuned, **rows},
     )
 
 
