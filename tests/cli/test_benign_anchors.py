@@ -10,7 +10,7 @@ import pytest
 
 from cli.commands import json_of, output, refused, run
 from cmrm import ShiftVectors, Steering
-from cmrm.cli import options
+from cmrm.cli import screen
 from cmrm.shift.artifact import Artifact
 
 
@@ -144,7 +144,7 @@ def test_the_bar_counts_every_prompt_of_every_part(
         def advance(self, task: int, n: int) -> None:
             parts[-1][2] += n
 
-    monkeypatch.setattr(options, "progress_bar", lambda console: Bar())
+    monkeypatch.setattr(screen, "progress_bar", lambda console: Bar())
     output(*command, "--questions", both_kinds[0])
     assert [name for name, _, _ in parts] == [
         "states of anchors", "states of benign anchors", "states of image questions",

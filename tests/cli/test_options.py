@@ -13,9 +13,8 @@ from cmrm.cli.options import (
     need_extra,
     parse_layers,
     parse_names,
-    print_rows,
-    sparkline,
 )
+from cmrm.cli.screen import print_rows, sparkline
 from cmrm.errors import InputError, MissingExtraError
 from cmrm.steering.setting import Steering
 

@@ -13,10 +13,10 @@ import torch
 import families
 from cli.commands import output
 from cmrm import ShiftVectors, Steering, load_vlm
-from cmrm.cli.serve import check_checkpoint
 from cmrm.engines.vllm import http
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.engines.vllm.http import refused_body
+from cmrm.engines.vllm.matching import check_files, check_loaded
 from cmrm.errors import ArtifactError, ModelError
 from cmrm.model.identity import identity_of
 from cmrm.shift.artifact import Provenance
@@ -41,19 +41,23 @@ def test_other_towers_are_left_as_they_are(checkpoint: str, tmp_path: Path) -> N
 
 def test_weights_on_disk_are_the_artifacts(checkpoint: str, tmp_path: Path) -> None:
     vlm = load_vlm(checkpoint)
-    made = Provenance("m", None, "LlavaForConditionalGeneration", WIDTH, N)
-    shift = ShiftVectors(torch.zeros(N, WIDTH), made, identity=identity_of(vlm))
-    check_checkpoint(Path(checkpoint), shift)
+    identity, layers = identity_of(vlm), dict(enumerate(vlm.layers))
+    check_files(Path(checkpoint), identity)
+    check_loaded(layers, identity)
     with torch.no_grad():
         for name, parameter in vlm.model.named_parameters():
-            if "down_proj" in name:
+            if "down_proj" in name or "layernorm" in name:
                 parameter.mul_(1.05)
     vlm.model.save_pretrained(tmp_path / "tuned")
     with pytest.raises(ArtifactError, match="another model"):
-        check_checkpoint(tmp_path / "tuned", shift)
+        check_files(tmp_path / "tuned", identity)
+    with pytest.raises(ArtifactError, match="layernorm"):
+        check_loaded(layers, identity)
+    with pytest.raises(ArtifactError, match="names no weights"):
+        check_loaded(layers, None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="no weight can be compared"):
-        check_checkpoint(tmp_path / "empty", shift)
+        check_files(tmp_path / "empty", identity)
 
 
 def test_a_recommended_fill_is_served_as_the_gate(

@@ -65,7 +65,8 @@ def main() -> None:
             for output in outputs
         ])  # fmt: skip
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    counts = getattr(runner, "cmrm_counts", None)
+    state = getattr(runner, "cmrm_state", None)
+    counts = None if state is None else state.counts
     Path(sys.argv[2]).write_text(json.dumps({"rounds": rounds, "counts": counts}))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 MARKS = {"pass": "pass", "fail": "FAIL", "skip": "skip"}
 
@@ -30,12 +31,12 @@ def check(
 
     from cmrm.checks.run import CHECKS, failed, run_checks
 
-    with c.progress(len(CHECKS)) as (say, tick):
+    with screen.progress(len(CHECKS)) as (say, tick):
         say("checking")
         findings = run_checks(vlm, on_check=lambda finding: tick(1))
     architecture, precision = type(vlm.model).__name__, str(vlm.model.dtype)
     if as_json:
-        c.print_json(
+        screen.print_json(
             {
                 "model": vlm.model_id,
                 "architecture": architecture,
@@ -45,7 +46,7 @@ def check(
             }
         )
     else:
-        c.print_rows(
+        screen.print_rows(
             f"{vlm.model_id}: {architecture}, {precision.removeprefix('torch.')}",
             ["check", "outcome", "detail"],
             [[f.name, MARKS[f.outcome], f.detail] for f in findings],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def defenses(as_json: c.JsonOption = False) -> None:
@@ -11,7 +12,7 @@ def defenses(as_json: c.JsonOption = False) -> None:
 
     names = defense_names()
     if as_json:
-        c.print_json(names)
+        screen.print_json(names)
     else:
         rows = [[name, source] for name, source in names.items()]
-        c.print_rows("defences", ["name", "source"], rows)
+        screen.print_rows("defences", ["name", "source"], rows)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 app = typer.Typer(
     help="Measure, restore and show, on a VLM that is assembled offline.",
@@ -46,7 +47,7 @@ def demo(
     from cmrm.report.balance import balance_table
     from cmrm.report.headline import headline_table
 
-    with c.progress_bar(Console(stderr=True)) as bar:
+    with screen.progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)
         results = run_demo(
             out,
@@ -56,9 +57,9 @@ def demo(
             start=lambda total: bar.update(task, total=total),
         )
     size = results["settings"]["budget"]["name"]
-    c.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))
-    c.print_rows("what each level gives back, and what it costs", *balance_table(results))
-    c.print_judges(results)
+    screen.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))
+    screen.print_rows("what each level gives back, and what it costs", *balance_table(results))
+    screen.print_judges(results)
     typer.echo(f"report: {out / 'report.html'}   results: {out / 'results.json'}")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def diagnose(
@@ -98,7 +99,7 @@ def diagnose(
     from cmrm.measure.store import ReplyStore
 
     store = None if report is None else ReplyStore(report / "replies.db")
-    with c.progress(passes(loaded, chosen, steered=vectors is not None)) as (say, tick):
+    with screen.progress(passes(loaded, chosen, steered=vectors is not None)) as (say, tick):
         results = run(
             TransformersEngine(vlm), loaded, judges=made, corruptions=chosen, shift=vectors,
             steering=steering, store=store, name=model if model == c.DEMO else None,
@@ -113,7 +114,7 @@ def diagnose(
         page = write_report(results, report)
         typer.echo(f"report: {page}", err=as_json)
     if as_json:
-        c.print_json(results)
+        screen.print_json(results)
     else:
         _print(results)
 
@@ -134,13 +135,13 @@ def _print(results: dict[str, Any]) -> None:
             )
             row.append(_at(by_layer, shown) if by_layer else "-")
     data = results["sets"][0]
-    c.print_rows(
+    screen.print_rows(
         f"{results['model']['id']} on {data['name']}: {data['n']} samples, "
         f"{data['skipped']} left out; per cent, 95 % intervals, +k: unscored, and the bounds",
         [*columns, f"distance to query at layers {numbers}", "cosine to query"],
         rows,
     )
-    c.print_judges(results)
+    screen.print_judges(results)
     for note in data["notes"]:
         typer.echo(f"{data['name']}: {note}")
     for name, reason in results["left_out"].items():
@@ -150,7 +151,7 @@ def _print(results: dict[str, Any]) -> None:
             f"{judge} failed on {failure['n']} replies; the first: {failure['first']}", err=True
         )
     if geometry["corruptions"]:
-        c.print_rows(
+        screen.print_rows(
             f"mean shift of each corruption compared with blank's, at layers {numbers}",
             ["corruption", "cosine", "ratio of norms"],
             [

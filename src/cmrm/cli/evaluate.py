@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 from cmrm.cli.grid import grid_budget, grid_finding, grid_sets, tune_grid
 from cmrm.cli.runs import PlacesOption, demo_variants, finish, parsed_places, print_preflight
 
@@ -161,6 +162,8 @@ def evaluate(
     names = expanded_defenses(defenses, tuple(variants))
     if not names:
         raise InputError("--defenses names none; `none` is the untouched model")
+    own = c.read_settings(settings, names)
+    parts = {part for name in names for part in name.split("+")}
     plan = Plan(
         model=model,
         sets=loaded,
@@ -168,18 +171,14 @@ def evaluate(
         judges=tuple(c.parse_names(judges, "--judges")),
         conditions=tuple(Condition(name) for name in conditions.split(",")),
         anchors=_anchors(anchors, benign_anchors, batch_size, file_options, demo=demo),
-        settings=_settings(settings, names, variants),
+        settings={name: variants[name] for name in variants if name in parts} | own,
         shift=None if shift is None else ShiftVectors.from_pretrained(shift),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
         model_options=options,
         rater=rater,
-        tuned={
-            name: "chosen on the demo's anchors"
-            for name in variants
-            if name not in c.read_settings(settings)
-        },
+        tuned=dict.fromkeys(variants.keys() - own.keys(), "chosen on the demo's anchors"),
     )
     if plan.shift is not None:
         used = {
@@ -202,7 +201,7 @@ def evaluate(
         return
     if studied is not None and budget is not None:
         plan = tune_grid(plan, studied, budget, out, demo=demo)
-    with c.progress(plan.replies()) as (say, tick):
+    with screen.progress(plan.replies()) as (say, tick):
         results = run(plan, out, say=say, tick=tick)
     finish(results, out, as_json)
 
@@ -250,7 +249,7 @@ def _sets(
         loaded = load_named(
             name, places, limit=limit, seed=seed, partial=partial, label=label, **file_options
         )
-        c.print_notes(loaded)
+        screen.print_notes(loaded)
         refuse_unratable(loaded)
         others = sum(kind_of(sample) == "other" for sample in loaded.samples)
         if others:
@@ -291,22 +290,3 @@ def _anchors(
         for path in (harmful, benign)
     )
     return FitData(side, other, batch_size)
-
-
-def _settings(
-    path: Path | None, defenses: tuple[str, ...], variants: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Settings of the file at `path`, over those of the model's variants that are run."""
-    from cmrm.errors import InputError
-
-    parts = {part for name in defenses for part in name.split("+")}
-    settings = {name: values for name, values in variants.items() if name in parts}
-    if path is None:
-        return settings
-    document = c.read_settings(path)
-    stray = [name for name in document if name not in parts]
-    if stray:
-        raise InputError(
-            f"{path} has settings for {', '.join(stray)}, which is not among --defenses"
-        )
-    return settings | document

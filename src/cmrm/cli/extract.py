@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 if TYPE_CHECKING:
     from cmrm.prompts import Loaded
@@ -130,7 +131,7 @@ def extract(
     )
     (setting or Steering()).chosen_layers(vlm.n_layers)
     checkpoint = output.with_name(f"{output.name}.partial")
-    with c.progress_in_parts() as (begin, tick):
+    with screen.progress_in_parts() as (begin, tick):
         shift = estimate_shift(
             vlm,
             loaded.samples,
@@ -152,7 +153,7 @@ def extract(
     written = shift.save(output)
     remove_checkpoint(checkpoint)
     if as_json:
-        c.print_json(
+        screen.print_json(
             {
                 "artifact": str(written),
                 "data": loaded.to_json(),
@@ -240,7 +241,7 @@ def _open_more(source: str, *, places: dict[str, Path], columns: str | None, **o
     from cmrm.prompts.columns import parse_columns
 
     loaded = load_named(source, places, columns=parse_columns(columns), **options)
-    c.print_notes(loaded)
+    screen.print_notes(loaded)
     return loaded
 
 

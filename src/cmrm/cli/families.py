@@ -7,6 +7,7 @@ from dataclasses import asdict
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def families(as_json: c.JsonOption = False) -> None:
@@ -15,9 +16,9 @@ def families(as_json: c.JsonOption = False) -> None:
 
     if as_json:
         covered = [asdict(family) for family in FAMILIES]
-        c.print_json({"covered": covered, "not_covered": dict(NOT_COVERED)})
+        screen.print_json({"covered": covered, "not_covered": dict(NOT_COVERED)})
         return
-    c.print_rows(
+    screen.print_rows(
         "covered by the contract suite, each on a tiny random model; "
         "`cmrm check MODEL` runs it on yours",
         ["family", "architecture", "example on the hub", "note"],

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def generate(
@@ -99,7 +100,7 @@ def generate(
     if not as_json:
         typer.echo()
     elif reply is not None:
-        c.print_json(
+        screen.print_json(
             {
                 "reply": reply.text,
                 "tokens": reply.tokens,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 from cmrm.cli.tune import DEMO_TOKENS, LIBRARIES, parsed_budget, study_sets
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def tune_grid(plan: Plan, sets: Sets, budget: Budget, out: Path, *, demo: bool) 
     folder = Folder(out)
     folder.check(plan, engine)
     tokens = min(DEMO_TOKENS, plan.max_new_tokens) if demo else plan.max_new_tokens
-    with c.progress(None) as (say, tick):
+    with screen.progress(None) as (say, tick):
         tuned = tuned_plan(
             plan, engine, sets, budget, out / "tuned", max_new_tokens=tokens, say=say, tick=tick
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 from cmrm.cli.recommendation import (
     gap_in_words,
     layers_in_words,
@@ -47,7 +48,7 @@ def inspect(
     tensors = {name: list(tensor.shape) for name, tensor in content.tensors.items()}
     identity = identity_summary(content.identity)
     if as_json:
-        c.print_json(
+        screen.print_json(
             {
                 "format": FORMAT,
                 "provenance": asdict(content.provenance),
@@ -64,7 +65,7 @@ def inspect(
     rows += [[f"identity: {name}", _text(value)] for name, value in (identity or {}).items()]
     if identity is None:
         rows.append(["identity", "none: written by an older version, bound to the config alone"])
-    c.print_rows(f"{artifact} ({FORMAT})", ["field", "value"], rows)
+    screen.print_rows(f"{artifact} ({FORMAT})", ["field", "value"], rows)
     _print_layers(content)
 
 
@@ -177,10 +178,10 @@ def _print_layers(content: Artifact) -> None:
     width = max(map(len, figures))
     for title, values in figures.items():
         bounds = f"{min(values):.3g} to {max(values):.3g}"
-        bars = c.sparkline(values, 0.5, 1.0) if title == AUC else c.sparkline(values)
+        bars = screen.sparkline(values, 0.5, 1.0) if title == AUC else screen.sparkline(values)
         typer.echo(f"{title:{width}s}  {bars}  {bounds}")
     rows = [
         [str(layer), *(f"{value:.4g}" for value in row)]
         for layer, row in enumerate(zip(*figures.values(), strict=False))
     ]
-    c.print_rows("by decoder layer", ["layer", *figures], rows)
+    screen.print_rows("by decoder layer", ["layer", *figures], rows)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 if TYPE_CHECKING:
     from cmrm.measure.replies import ReplyFile
@@ -100,7 +101,7 @@ def judge(
     notes = training_notes(makers, dict(zip((file.name for file in read), files, strict=True)))
     replies = [reply for file in read for reply in file.replies]
     store = None if out is None else TextStore(out / "verdicts.db")
-    with c.progress(asked_about(replies) * len(makers)) as (say, tick):
+    with screen.progress(asked_about(replies) * len(makers)) as (say, tick):
         judgements = judge_replies(replies, makers, store=store, say=say, tick=tick)
     if out is not None:
         write_verdicts(out / "verdicts.jsonl", replies, judgements)
@@ -115,7 +116,7 @@ def judge(
         write_json(out / "results.json", results)
         typer.echo(f"report: {write_report(results, out)}", err=as_json)
     if as_json:
-        c.print_json(results)
+        screen.print_json(results)
     else:
         _print(results)
     _print_failures(results, kept=out is not None)
@@ -184,13 +185,13 @@ def _print(results: Mapping[str, Any]) -> None:
     from cmrm.report.tables import agreement_lines, group_table, short_rate
 
     columns, rows = group_table(results, short_rate)
-    c.print_rows(
+    screen.print_rows(
         "per cent [95 % Wilson interval] +unscored replies (rate if none or all of them counted)",
         columns, rows[:SHOWN_GROUPS],
     )  # fmt: skip
     if len(rows) > SHOWN_GROUPS:
         typer.echo(f"and {len(rows) - SHOWN_GROUPS} more rows; --json and --out give all of them")
-    c.print_judges(results)
+    screen.print_judges(results)
     for line in agreement_lines(results):
         typer.echo(line)
     for name, reasons in results["unscored_reasons"].items():

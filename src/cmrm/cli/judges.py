@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 from cmrm.cli.rescore import refresh
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def agree(
                 "with a folder"
             )
         agreement = _agree_in_folder(replies[0], names, sheet, validation)
-        c.print_json(agreement) if as_json else _print_agreement(agreement)
+        screen.print_json(agreement) if as_json else _print_agreement(agreement)
         return
     if sheet is not None or validation is not None:
         raise InputError(
@@ -238,7 +239,7 @@ def _agree_held_out(
     others = {name: make_judge(name) for name in names if name != DEFAULT_JUDGE}
     results = {}
     if DEFAULT_JUDGE in names:
-        with c.progress(len(rows)) as (say, tick):
+        with screen.progress(len(rows)) as (say, tick):
             say("trained without what is judged")
             results[DEFAULT_JUDGE] = held_out(rows, tick=tick)
     results |= {name: judged_rows(rows, judge) for name, judge in others.items()}
@@ -287,7 +288,7 @@ def _agree_on_files(
     from cmrm.measure.labelled import agreement_of_files, judged_files
 
     judges = {name: make_judge(name) for name in names}
-    c.warn_of_training(judges, files)
+    screen.warn_of_training(judges, files)
     failures: list[str] = []
     completions = judged_files(files, judges, layout=layout, failed=failures.append)
     if failures:
@@ -318,7 +319,7 @@ def _print_agreement(agreement: dict[str, Any]) -> None:
     for question, figures in agreement.items():
         alpha = figures["krippendorff_alpha"]
         text = "not defined" if alpha is None else f"{alpha:.3f}"
-        c.print_rows(
+        screen.print_rows(
             f"{question}, {figures['replies']} replies; Krippendorff's alpha over the judges: "
             f"{text}",
             *agreement_rows(figures),

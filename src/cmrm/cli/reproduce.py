@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 from cmrm.cli.runs import (
     PlacesOption,
     demo_variants,
@@ -134,7 +135,7 @@ def reproduce(
         typer.echo(f"{chosen.title} ({chosen.source})")
         for note in chosen.notes:
             typer.echo(f"- {note}")
-    with c.progress(plan.replies()) as (say, tick):
+    with screen.progress(plan.replies()) as (say, tick):
         results = evaluate(plan, target, say=say, tick=tick, recipe=published(whole))
     results = checked(with_comparison(results))
     write_json(target / "results.json", results)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 if TYPE_CHECKING:
     from cmrm.evaluate.plan import Plan
@@ -107,10 +108,10 @@ def print_preflight(plan: Plan, findings: list[Finding], out: Path, as_json: boo
     findings = [*findings, *preflight(plan, out, registered=demo_weights(plan.model))]
     if as_json:
         rows = [asdict(finding) for finding in findings]
-        c.print_json({"model": plan.model, "cells": cells, "findings": rows})
+        screen.print_json({"model": plan.model, "cells": cells, "findings": rows})
     else:
         rows_of_text = [[str(value) for value in cell] for cell in cells]
-        c.print_rows(plan.model, ["defence", "set", "condition", "samples"], rows_of_text)
+        screen.print_rows(plan.model, ["defence", "set", "condition", "samples"], rows_of_text)
         print_findings(findings)
     missing = [finding.subject for finding in findings if finding.good is False]
     if missing:
@@ -120,11 +121,11 @@ def print_preflight(plan: Plan, findings: list[Finding], out: Path, as_json: boo
 def print_findings(findings: list[Finding], as_json: bool = False) -> None:
     """What was looked at, as a table or as JSON."""
     if as_json:
-        c.print_json({"findings": [asdict(finding) for finding in findings]})
+        screen.print_json({"findings": [asdict(finding) for finding in findings]})
         return
     marks = {True: "yes", False: "NO", None: "?"}
     rows = [[finding.subject, marks[finding.good], finding.text] for finding in findings]
-    c.print_rows("Is everything there?", ["part", "", ""], rows)
+    screen.print_rows("Is everything there?", ["part", "", ""], rows)
 
 
 def finish(results: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -161,7 +162,7 @@ def print_results(results: dict[str, Any], as_json: bool) -> None:
     from cmrm.report.tables import cell_table, outcome_table, short_rate
 
     if as_json:
-        c.print_json(results)
+        screen.print_json(results)
         return
     if results.get("recipe"):
         print_targets(results["recipe"])
@@ -169,12 +170,14 @@ def print_results(results: dict[str, Any], as_json: bool) -> None:
     rates = "per cent, 95 % Wilson intervals; +k: unscored, and the bounds with them"
     outcomes = outcome_table(results, short_rate)
     if outcomes.rows:
-        c.print_rows(f"{model}, every set with its own images: {rates}", *outcomes)
-    c.print_rows(f"{model}: {rates}", *cell_table(results, short_rate))
+        screen.print_rows(f"{model}, every set with its own images: {rates}", *outcomes)
+    screen.print_rows(f"{model}: {rates}", *cell_table(results, short_rate))
     corrections = correction_table(results, short_rate)
     if corrections.rows:
-        c.print_rows("corrected for the judges' errors, over all replies of the run", *corrections)
-    c.print_judges(results)
+        screen.print_rows(
+            "corrected for the judges' errors, over all replies of the run", *corrections
+        )
+    screen.print_judges(results)
 
 
 def print_targets(recipe: dict[str, Any]) -> None:
@@ -182,7 +185,7 @@ def print_targets(recipe: dict[str, Any]) -> None:
     from cmrm.report.tables import target_rows
 
     if recipe["targets"]:
-        c.print_rows(
+        screen.print_rows(
             "published, and found here with 95 % intervals; unsafe and over-refusal by "
             f"{recipe['judge']}",
             *target_rows(recipe["targets"]),

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 if TYPE_CHECKING:
     from cmrm.shift.artifact import ShiftVectors
@@ -71,6 +73,7 @@ def serve(
     vLLM answers (OpenAI's protocol). `/health` says whether steering is armed, `/metrics` counts
     steered tokens. It needs an environment with vLLM: tools/vllm_env.sh, docs/engines.md.
     """
+    from cmrm.engines.vllm.matching import check_files
     from cmrm.engines.vllm.program import Program
     from cmrm.errors import InputError
     from cmrm.shift.artifact import ShiftVectors
@@ -102,14 +105,14 @@ def serve(
         max_images=max_images, domains=image_domains, options=options,
     )  # fmt: skip
     if not dry_run:
-        check_checkpoint(folder, vectors)
-        _check_parsed(command, host, port, max_images)
+        check_files(folder, vectors.identity)
+        _check_parsed(command)
     if dry_run:
         shown = [
-            f"{key}={'***' if key == 'VLLM_API_KEY' else _quoted(value)}"
+            f"{key}={'***' if key == 'VLLM_API_KEY' else quote(value)}"
             for key, value in environment.items()
         ]
-        typer.echo(" \\\n  ".join([*shown, *map(_quoted, command)]))
+        typer.echo(" \\\n  ".join([*shown, *map(quote, command)]))
         return
     os.execve(command[0], command, {**os.environ, **environment})
 
@@ -137,48 +140,7 @@ def _setting(vectors: ShiftVectors, named: Mapping[str, Any]) -> Steering:
     return settled(vectors, c.changed(recommended, **named))
 
 
-def check_checkpoint(folder: Path, vectors: ShiftVectors) -> None:
-    """Compare sampled weights of every decoder layer on disk with those of the artifact's model.
-
-    Raises:
-        ArtifactError: they differ, or nothing can be compared.
-    """
-    import re
-
-    import torch
-    from safetensors import safe_open
-
-    from cmrm.errors import ArtifactError
-    from cmrm.model.weights import sample_of
-
-    part = re.compile(r"\blayers\.(\d+)\.(self_attn\.o_proj|mlp\.down_proj)\.weight$")
-
-    def place(name: str) -> tuple[str, str] | None:
-        match = part.search(name)
-        return None if match is None or "vision" in name else (match[1], match[2])
-
-    if vectors.identity is None:
-        raise ArtifactError("the artifact names no weights; extract it again with this version")
-    known = vectors.identity.weights
-    stored = {key: k for k, name in enumerate(known.names) if (key := place(name)) is not None}
-    compared, different = 0, []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  a handle is no mapping
-                key = place(name)
-                if key not in stored or not known.checksums[stored[key]]:
-                    continue
-                compared += 1
-                here = sample_of(opened.get_tensor(name)).float()
-                there = known.samples[stored[key]]
-                if not torch.allclose(here, there, rtol=2.0**-7, atol=1e-6):
-                    different.append(name)
-    if different or not compared:
-        reason = f"{different[0]} and others differ" if different else "no weight can be compared"
-        raise ArtifactError(f"the artifact was estimated on another model: {reason}")
-
-
-def _check_parsed(command: Sequence[str], host: str, port: int, max_images: int) -> None:
+def _check_parsed(command: Sequence[str]) -> None:
     """Refuse what vLLM's own parser makes of the options, where it undoes a safe default.
 
     Raises:
@@ -228,7 +190,7 @@ def _demo_shift(model: str) -> str:
         from cmrm.demo.vlm import load_demo
         from cmrm.engines.transformers import TransformersEngine
 
-        with c.progress(None) as (say, _):
+        with screen.progress(None) as (say, _):
             say("fitting on the demo's anchors, once")
             shift_of_cache(TransformersEngine(load_demo()))
     return str(cached_shift())
@@ -355,9 +317,3 @@ def _command(
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     return command, environment
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def sets(
@@ -23,7 +24,7 @@ def sets(
         raise InputError(f"there is no set {name!r}; one of {', '.join(NAMED)}")
     chosen = [NAMED[name]] if name is not None else list(NAMED.values())
     if as_json:
-        c.print_json([named.to_json() for named in chosen])
+        screen.print_json([named.to_json() for named in chosen])
     elif name is None:
         rows = [
             [
@@ -36,7 +37,7 @@ def sets(
             for named in chosen
         ]
         columns = ["name", "measures", "variants", "samples", "licence"]
-        c.print_rows("named sets (`cmrm sets NAME` shows files and sources)", columns, rows)
+        screen.print_rows("named sets (`cmrm sets NAME` shows files and sources)", columns, rows)
     else:
         for field, value in chosen[0].to_json().items():
             text = value

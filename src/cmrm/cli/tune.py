@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 if TYPE_CHECKING:
     from cmrm.prompts.sample import Sample
@@ -111,7 +112,7 @@ def tune(
     from cmrm.tune.results import tuned, write_tuned
     from cmrm.tune.run import Tuner
 
-    with c.progress(None) as (say, tick):
+    with screen.progress(None) as (say, tick):
         bench = Bench(
             Remembering(vlm), made, ReplyStore(out / "replies.db"), size, tokens, seed, tick
         )
@@ -119,7 +120,7 @@ def tune(
         result = tuned(search, bench, sets, options, model if demo else None)
         write_tuned(result, search, out)
     if as_json:
-        c.print_json(result)
+        screen.print_json(result)
     else:
         _print(result, out)
     if result["chosen"] is None:
@@ -183,7 +184,7 @@ def study_sets(
             for name in c.parse_names(names, option)
         ]
         for part in loaded:
-            c.print_notes(part)
+            screen.print_notes(part)
         return [list(part.samples) for part in loaded]
 
     harmful, benign, compared = (
@@ -219,7 +220,7 @@ def _print(result: Mapping[str, Any], out: Path) -> None:
             setting_text(row["settings"], by_number[default]["settings"]),
         ])  # fmt: skip
     states = [row["state"] for row in result["trials"]]
-    c.print_rows(
+    screen.print_rows(
         f"{result['defense']} on {result['model']['id']}, dev set: {states.count('finished')} "
         f"settings measured, {states.count('pruned')} stopped on a quarter, "
         f"{states.count('failed')} failed; per cent by {judge}, 95 % Wilson intervals",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cmrm.cli import options as c
+from cmrm.cli import screen
 
 
 def ui(
@@ -67,7 +68,7 @@ def ui(
     if artifact is None:
         from cmrm.demo.levels import shift_of_cache
 
-        with c.progress(None) as (say, _):
+        with screen.progress(None) as (say, _):
             say("fitting on the demo's anchors, once")
             artifact = shift_of_cache(engine)
     page = build(Session(engine, artifact, made, max_new_tokens), model)

@@ -52,7 +52,7 @@ class Weights:
             if self.kinds[k] == other.kinds[m]:
                 same = self.checksums[k] == other.checksums[m]
             else:
-                same = _alike(self.samples[k], self.kinds[k], other.samples[m], other.kinds[m])
+                same = alike(self.samples[k], self.kinds[k], other.samples[m], other.kinds[m])
             if not same:
                 different.append(name)
         different += [
@@ -177,7 +177,7 @@ def sum_of(tensor: torch.Tensor) -> torch.Tensor:
     return words.sum() + int.from_bytes(rest, "little", signed=True) if rest else words.sum()
 
 
-def _alike(a: torch.Tensor, a_kind: str, b: torch.Tensor, b_kind: str) -> bool:
+def alike(a: torch.Tensor, a_kind: str, b: torch.Tensor, b_kind: str) -> bool:
     """Whether two sets of sampled values are the same numbers, rounded to their dtypes."""
     rounding = sum(ROUNDING.get(kind, 2.0**-3) for kind in (a_kind, b_kind))
     scale = torch.maximum(a.abs(), b.abs())

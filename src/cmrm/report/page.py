@@ -11,7 +11,7 @@ from cmrm.report import headline, tables
 from cmrm.report.balance import balance_table
 from cmrm.report.categories import category_table
 from cmrm.report.judged import correction_table, judge_lines
-from cmrm.report.rendering import environment, write_page
+from cmrm.report.rendering import environment, plain_text, write_page
 from cmrm.report.tables import Results
 
 TITLES = {
@@ -143,20 +143,6 @@ def _settings(results: Results) -> list[tuple[str, str]]:
         "versions": results["versions"],
         "machine": results["machine"],
     }
-    return [(name, _plain(value)) for name, value in rows.items() if value not in (None, {}, [])]
-
-
-def _plain(value: object) -> str:
-    """A setting as text: `alpha 0.37, layers 0 to 20`."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name.replace('_', ' ')} {_plain(part)}" for name, part in value.items())
-    if isinstance(value, list):
-        whole = [part for part in value if isinstance(part, int)]
-        if (
-            len(value) > 2
-            and len(whole) == len(value)
-            and whole == list(range(whole[0], whole[-1] + 1))
-        ):
-            return f"{whole[0]} to {whole[-1]}"
-        return ", ".join(map(_plain, value))
-    return str(value) if isinstance(value, str) else json.dumps(value)
+    return [
+        (name, plain_text(value)) for name, value in rows.items() if value not in (None, {}, [])
+    ]

@@ -2,101 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from cmrm.errors import MissingExtraError
 from cmrm.prompts.text import shortened
 from cmrm.report.categories import category_cells, unsafe_share
+from cmrm.report.drawing import COLOURS, Picture, colour, drawn, whisker
 from cmrm.report.headline import headline_cells, in_order
 from cmrm.report.tables import NOT_SCORED, WHERE, Results, input_label, label
 
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-except ImportError as error:
-    raise MissingExtraError(
-        f"the report needs {error.name}; pip install 'cmrm[eval]' (or 'cmrm[demo]') brings it"
-    ) from None
+# After `drawing`, which names the extra where matplotlib is missing.
+import matplotlib as mpl  # isort: skip
+from matplotlib.axes import Axes  # isort: skip
+from matplotlib.figure import Figure  # isort: skip
+from matplotlib.patches import Patch  # isort: skip
 
-COLOURS = {
-    "query": "#2e8b57", "caption": "#3d7ea6", "noise": "#a06cd5", "blank": "#d99a2b",
-    "original": "#d1495b", "none": "#d1495b", "cmrm_dataset": "#00899e", "cmrm_sample": "#6fb7b6",
-    "cmrm_fill": "#6a3d9a", "cmrm_gated": "#e07b00", "cmrm_dataset@mixed": "#8c6d4f",
-    "black": "#8a6d3b", "grey": "#8c8c8c", "mean": "#c77cba", "blur": "#5f9ed1",
-    "shuffle": "#b5bd4c", "other": "#e0785a",
-}  # fmt: skip
-"""Of conditions and defences."""
-FURTHER = ("#4e79a7", "#b07aa1", "#9c755f", "#59a14f", "#f28e2b", "#76b7b2", "#bab0ac", "#e15759")
-"""Of other defences, in their order."""
 MARKERS = {"text": "o", "image": "s", "both": "^", "unstated": "D"}
 """Of a point, by where the harm is."""
-LIGHT, DARK = ("#1d2733", "#8d99a6", "#ffffff"), ("#e4e9ee", "#7d8894", "#161b21")
-"""Ink, faint ink and paper of the two themes."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure."""
-
-    name: str
-    """File name without suffix, and key in the page."""
-    alt: str
-    """What is to be seen, for readers who do not see it."""
-    light: bytes
-    """PNG on white paper."""
-    dark: bytes
-    """The same on dark paper."""
 
 
 def pictures(results: Results) -> dict[str, Picture]:
     """Every figure that the results have data for, by name."""
     return drawn(FIGURES, results)
-
-
-def drawn(
-    figures: Mapping[str, tuple[Callable[[Any], Figure | None], str]], document: Any
-) -> dict[str, Picture]:
-    """Every figure that a document has data for, by name, on light and on dark paper.
-
-    Args:
-        figures: name -> how it is drawn (None without data), and its alternative text.
-        document: what it is drawn from.
-    """
-    made = {}
-    for name, (draw, alt) in figures.items():
-        images = []
-        for ink, faint, paper in (LIGHT, DARK):
-            with mpl.rc_context(style(ink, faint, paper)):
-                figure = draw(document)
-                images.append(None if figure is None else _png(figure))
-        light, dark = images
-        if light is not None and dark is not None:
-            made[name] = Picture(name, alt, light, dark)
-    return made
-
-
-def style(ink: str, faint: str, paper: str) -> Any:
-    """matplotlib's settings of a figure in a theme (`LIGHT`, `DARK`)."""
-    colours = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-    return {
-        **dict.fromkeys(colours, ink),
-        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), faint),
-        "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper,
-        "font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False,
-        "axes.spines.right": False, "figure.dpi": 130, "legend.frameon": False,
-        "legend.fontsize": 8.5,
-    }  # fmt: skip
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -110,11 +37,6 @@ def _ink() -> str:
 
 def _faint() -> str:
     return str(mpl.rcParams["axes.edgecolor"])
-
-
-def colour(name: str, place: int = 0) -> str:
-    """Colour of a condition or defence; `place` is its place among the defences."""
-    return COLOURS.get(name, FURTHER[place % len(FURTHER)])
 
 
 def _name(cell: Mapping[str, Any]) -> str:
@@ -168,7 +90,7 @@ def _bars(bars: Sequence[tuple[str, Mapping[str, Any], str]], text: str, cut: in
             continue
         share = 100 * rate["rate"]
         axes.barh(place, share, color=shade, height=0.62)
-        axes.errorbar(share, place, xerr=_whisker(rate), color=_ink(), capsize=3, lw=1.2)
+        axes.errorbar(share, place, xerr=whisker(rate), color=_ink(), capsize=3, lw=1.2)
         figures = f"{share:.1f} %"
         if rate["unscored"]:
             low, high = 100 * rate["lowest"], 100 * rate["highest"]
@@ -344,18 +266,13 @@ def frontier(results: Results) -> Figure | None:
         accuracy = row["accuracy"]
         x, y = 100 * accuracy["rate"], 100 * unsafe["rate"]
         axes.errorbar(
-            x, y, xerr=_whisker(accuracy), yerr=_whisker(unsafe), fmt=MARKERS[harm],
+            x, y, xerr=whisker(accuracy), yerr=whisker(unsafe), fmt=MARKERS[harm],
             color=colour(row["defense"], place), lw=1, capsize=2, label=text,
         )  # fmt: skip
     axes.set_xlabel("accuracy, % (higher is better)")
     axes.set_ylabel(f"unsafe rate, % ({judge}; lower is better)")
     axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
-
-
-def _whisker(rate: Mapping[str, Any]) -> list[list[float]]:
-    share = 100 * rate["rate"]
-    return [[max(0.0, share - 100 * rate["low"])], [max(0.0, 100 * rate["high"] - share)]]
 
 
 def shift(results: Results) -> Figure | None:

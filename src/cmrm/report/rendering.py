@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,24 @@ def write_page(page: str, images: Mapping[str, bytes], out: Path, name: str) -> 
 def tied(cell: str) -> str:
     """A cell whose figure is not parted from its interval at the end of a line."""
     return _FIGURE.sub(lambda match: match[0].replace(" ", "\u00a0"), cell)
+
+
+def plain_text(value: object) -> str:
+    """A setting as text: `alpha 0.37, layers 0 to 20`."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{name.replace('_', ' ')} {plain_text(part)}" for name, part in value.items()
+        )
+    if isinstance(value, list):
+        whole = [part for part in value if isinstance(part, int)]
+        if (
+            len(value) > 2
+            and len(whole) == len(value)
+            and whole == list(range(whole[0], whole[-1] + 1))
+        ):
+            return f"{whole[0]} to {whole[-1]}"
+        return ", ".join(map(plain_text, value))
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _base64(png: bytes) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmrm.report.rendering import environment, write_page
+from cmrm.report.rendering import environment, plain_text, write_page
 from cmrm.report.tables import EMPTY, RateText, Table, label, or_dash, rate_text, without_empty
 
 TITLES = {
@@ -84,23 +84,18 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the sweep depends on, name and text."""
     names = ("model", "samples", "batch_size", "max_new_tokens", "seed", "seconds", "versions",
              "machine")  # fmt: skip
-    rows = [(name.replace("_", " "), _plain(document[name])) for name in names]
+    model = {name: fact for name, fact in document["model"].items() if fact is not None}
+    facts = {**document, "model": model}
+    rows = [(name.replace("_", " "), plain_text(facts[name])) for name in names]
     rows.append(("judges", ", ".join(document["judges"])))
     seen: dict[str, Mapping[str, Any]] = {}
     for point in document["points"]:
         if point["series"] != "none":
             seen.setdefault(_owner(document, point), point["settings"])
-    return rows + [(f"settings of {name}", _plain(values)) for name, values in seen.items()]
+    return rows + [(f"settings of {name}", plain_text(values)) for name, values in seen.items()]
 
 
 def _owner(document: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     """Whose settings a point shows: each artifact has its own, other points what is not varied."""
     name = str(point["series"])
     return f"{name}, {point['x']}" if document["over"] == "shifts" else f"{name}, first point"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        parts = (f"{name} {part}" for name, part in value.items() if part is not None)
-        return ", ".join(parts)
-    return str(value)

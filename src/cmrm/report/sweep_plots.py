@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cmrm.report.plots import Picture, colour, drawn
+from cmrm.report.drawing import Picture, colour, drawn, whisker
 from cmrm.report.tables import label
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+# After `drawing`, which names the extra where matplotlib is missing.
+from matplotlib.figure import Figure  # isort: skip
 
 Sweep = Mapping[str, Any]
 """What `sweep.schema.checked` returns."""
@@ -60,8 +60,6 @@ def _alt(document: Sweep, name: str | None) -> str:
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure
-
     columns = min(2, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows))
@@ -143,8 +141,6 @@ def _names(document: Sweep) -> Figure | None:
     if not figures:
         return None
     rows = list(dict.fromkeys(str(point["x"]) for point in document["points"]))
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(3.1 * len(figures) + 1.4, 0.34 * len(rows) + 1.5))
     panels = figure.subplots(1, len(figures), squeeze=False, sharey=True)[0]
     names = document["defenses"]
@@ -157,8 +153,6 @@ def _names(document: Sweep) -> Figure | None:
                 if point["series"] != name or rate is None:
                     continue
                 share = 100 * rate["rate"]
-                reach = [[max(0.0, share - 100 * rate["low"])],
-                         [max(0.0, 100 * rate["high"] - share)]]  # fmt: skip
                 if rate["unscored"]:
                     axes.plot(
                         [100 * rate["lowest"], 100 * rate["highest"]],
@@ -166,8 +160,9 @@ def _names(document: Sweep) -> Figure | None:
                         lw=5, alpha=0.2, solid_capstyle="butt",
                     )  # fmt: skip
                 axes.errorbar(
-                    share, rows.index(str(point["x"])) + offset, xerr=reach, fmt="o", ms=3.5, lw=1,
-                    color=colour(name, place), label=None if labelled else label(name),
+                    share, rows.index(str(point["x"])) + offset, xerr=whisker(rate), fmt="o",
+                    ms=3.5, lw=1, color=colour(name, place),
+                    label=None if labelled else label(name),
                 )  # fmt: skip
                 labelled = True
         axes.set(xlabel=words, xlim=(-3, 103))

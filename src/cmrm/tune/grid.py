@@ -110,10 +110,10 @@ def check_tunable(plan: Plan, names: tuple[str, ...]) -> None:
         raise InputError(
             "--tune-budget fits vectors for each setting and --shift gives them; leave one out"
         )
-    given = [name for name in names if name in plan.settings]
-    if given:
+    preset = [name for name in names if name in plan.settings]
+    if preset:
         raise InputError(
-            f"--settings has {', '.join(given)}, which --tune-budget tunes from the source's "
+            f"--settings has {', '.join(preset)}, which --tune-budget tunes from the source's "
             "default; leave one out, or name a variant (NAME@mine)"
         )
     taken = [f"{name}@tuned" for name in names if f"{name}@tuned" in plan.defenses]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from cmrm.errors import CmrmError, MissingExtraError
 from cmrm.prompts.images import image_digest, open_picture
-from cmrm.report.plots import LIGHT, colour, style
+from cmrm.report.drawing import LIGHT, colour, style
 from cmrm.steering.setting import Move, Schedule
 from cmrm.ui.session import COLUMNS, Conversation, Geometry, Session
 

@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 
-from cmrm.engines.vllm.board import Board, Row
+from cmrm.engines.vllm.board import Board
+from cmrm.engines.vllm.matching import check_loaded
 from cmrm.engines.vllm.program import Program
+from cmrm.engines.vllm.stepping import State, before_dummy, before_step, state_of
 from cmrm.errors import InputError, ModelError
+from cmrm.model.identity import Identity
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.steering.setting import Steering
 
@@ -38,21 +41,17 @@ SELF_TEST_TOKENS = 8
 """Of the passes that show at the start that steering works."""
 SELF_TEST_TARGET = 1e3
 """Coordinate that `fill` is asked for there."""
-MOST_RECORDS = 10_000
-"""Recorded coordinates that wait for their request; the oldest ones go first."""
-REQUEST_KEY = "cmrm"
-"""Of `SamplingParams.extra_args`: `{"record": name}`, `{"target": name}`."""
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _log = logging.getLogger("cmrm.vllm")
 
 
 @dataclass
 class _Armed:
-    """One process's program, and what its runner knows of requests."""
+    """What this process arms its model with."""
 
     program: Program
-    identity: Any
-    """`model.identity.Identity` of the artifact, or None."""
+    identity: Identity | None
+    """Of the model that the artifact was estimated on."""
 
 
 _state: dict[str, _Armed] = {}
@@ -85,8 +84,8 @@ def arm_vllm() -> None:
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
             _wrap(runner, "load_model", _after_loading)
-    _wrap(GPUModelRunner, "_preprocess", _before_step)
-    _wrap(GPUModelRunner, "_dummy_run", _before_dummy)
+    _wrap(GPUModelRunner, "_preprocess", before_step)
+    _wrap(GPUModelRunner, "_dummy_run", before_dummy)
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -224,7 +223,7 @@ def _arm(runner: Any, armed: _Armed) -> None:
         runner.device, gated=program.gate is not None,
     )  # fmt: skip
     layers = _layers(runner, config.num_hidden_layers)
-    _check_weights(layers, armed.identity)
+    check_loaded(layers, armed.identity)
     for number in program.layers:
         layer = layers[number]
         _patch(type(layer))
@@ -232,13 +231,7 @@ def _arm(runner: Any, armed: _Armed) -> None:
         layer.cmrm_board = board
     runner.cmrm_layers = {number: layers[number] for number in program.layers}
     runner.cmrm_sums = {number: _sum(layers[number]) for number in program.layers}
-    runner.cmrm_board = board
-    runner.cmrm_slots = {}
-    runner.cmrm_decided = set()
-    runner.cmrm_records = {}
-    runner.cmrm_targets = {}
-    runner.cmrm_pending = []
-    runner.cmrm_counts = {"steps": 0, "tokens": 0, "masked": 0}
+    runner.cmrm_state = State(program, board)
     _log.warning(
         "cmrm: %d of %d decoder layers armed, positions %s, gate %s, program %s",
         len(program.layers), len(layers), program.positions,
@@ -302,38 +295,6 @@ def _layers(runner: Any, count: int) -> dict[int, Any]:
     return layers
 
 
-def _check_weights(layers: Mapping[int, Any], identity: Any) -> None:
-    """Compare sampled weights of every decoder layer with those of the artifact's model.
-
-    Raises:
-        ModelError: they differ, or the artifact names no weights.
-    """
-    from cmrm.model.weights import sample_of
-
-    if identity is None:
-        raise ModelError("the artifact names no weights; extract it again with this version")
-    stored = {
-        (int(match[1]), match[2]): place
-        for place, name in enumerate(identity.weights.names)
-        if (match := re.search(r"(?<!vision)\.layers\.(\d+)\.(\w+layernorm)\.weight$", name))
-        and "vision" not in name
-    }
-    different, compared = [], 0
-    for number, layer in layers.items():
-        for part in ("input_layernorm", "post_attention_layernorm"):
-            place = stored.get((number, part))
-            if place is None:
-                continue
-            compared += 1
-            here = sample_of(getattr(layer, part).weight.data).float().cpu()
-            there = identity.weights.samples[place]
-            if not torch.allclose(here, there, rtol=2.0**-7, atol=1e-6):
-                different.append(f"layer {number}'s {part}")
-    if different or not compared:
-        reason = f"{', '.join(different[:3])} differ" if different else "no weight can be compared"
-        raise ModelError(f"the artifact was estimated on another model: {reason}")
-
-
 def _patch(kind: type) -> None:
     """Let a class of decoder layers run its instances' steps."""
     if getattr(kind, "cmrm_patched", False):
@@ -351,17 +312,10 @@ def _patch(kind: type) -> None:
     kind.cmrm_patched = True  # type: ignore[attr-defined]
 
 
-def _board(runner: Any) -> Board:
-    board = getattr(runner, "cmrm_board", None)
-    if not isinstance(board, Board):
-        raise ModelError("cmrm: this model runner is not armed; no answer is given")
-    return board
-
-
 def status(worker: Any) -> dict[str, Any]:
     """What a worker says of its steering: the program, and tokens so far."""
     runner = worker.model_runner
-    _board(runner)
+    state = state_of(runner)
     armed = _state["armed"]
     lost = [n for n, layer in runner.cmrm_layers.items() if _sum(layer) != runner.cmrm_sums[n]]
     if lost:
@@ -369,7 +323,7 @@ def status(worker: Any) -> dict[str, Any]:
     return {
         "armed": True, "program": armed.program.key, "positions": armed.program.positions,
         "layers": len(armed.program.layers), "gated": armed.program.gate is not None,
-        **runner.cmrm_counts,
+        **state.counts,
     }  # fmt: skip
 
 
@@ -397,7 +351,8 @@ def _self_test(runner: Any) -> None:
     Raises:
         ModelError: they do not, or they do.
     """
-    board, program = _board(runner), _state["armed"].program
+    state = state_of(runner)
+    board, program = state.board, state.program
     moving = any(bool(tensor.any()) for tensor in program.adds.values()) or bool(program.fills)
     n = min(SELF_TEST_TOKENS, runner.max_num_tokens)
 
@@ -407,11 +362,11 @@ def _self_test(runner: Any) -> None:
         board.held.fill_(1.0)
         board.slot[:n] = 0
         board.target.fill_(SELF_TEST_TARGET)
-        runner.cmrm_testing = True
+        state.testing = True
         try:
             states, _ = runner._dummy_run(n, force_attention=True)
         finally:
-            runner.cmrm_testing = False
+            state.testing = False
             board.clear()
             board.held.zero_()
         return torch.as_tensor(states[:n]).float().clone()
@@ -423,133 +378,3 @@ def _self_test(runner: Any) -> None:
     if not torch.equal(plain, again):
         raise ModelError("cmrm: the self-test failed, an unsteered pass moved; not started")
     _log.warning("cmrm: self-test passed on %d tokens", n)
-
-
-def _before_dummy(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
-    """Passes that answer nobody steer nothing."""
-    if hasattr(runner, "cmrm_board") and not getattr(runner, "cmrm_testing", False):
-        _keep_records(runner)
-        runner.cmrm_board.clear()
-    return original(runner, *args, **more)
-
-
-def _before_step(
-    original: Callable[..., Any], runner: Any, scheduled: Any, *args: Any, **more: Any
-) -> Any:
-    """Say which tokens of this step are steered, in the order of the batch."""
-    board, program = _board(runner), _state["armed"].program
-    _keep_records(runner)
-    _forget(runner, scheduled)
-    rows, targets, start = [], [], 0
-    for request in runner.input_batch.req_ids:
-        count = scheduled.num_scheduled_tokens[request]
-        row, target = _row(runner, program, request, count)
-        if program.fills and row.decides:
-            _await_record(runner, request, start + row.prompt - 1 - row.first)
-        rows.append(row)
-        targets.append(target)
-        start += row.count
-    masked = board.fill_in(rows, program.positions, targets if program.fills else ())
-    counts = runner.cmrm_counts
-    counts["steps"] += 1
-    counts["tokens"] += sum(row.count for row in rows)
-    counts["masked"] += masked
-    return original(runner, scheduled, *args, **more)
-
-
-def _row(
-    runner: Any, program: Program, request: str, count: int
-) -> tuple[Row, torch.Tensor | None]:
-    """What is known of one request's tokens in this step.
-
-    Raises:
-        ModelError: something that decides whether they are steered is not known.
-    """
-    state = runner.requests.get(request)
-    if state is None:
-        raise ModelError(f"cmrm: nothing is known of the request {request}; no answer is given")
-    ends = []
-    for feature in state.mm_features or ():
-        ends.append(feature.mm_position.offset + feature.mm_position.length)
-    row = Row(
-        int(state.num_computed_tokens), int(count), int(state.num_prompt_tokens),
-        max(ends) if ends else None, _slot(runner, request) if program.gate is not None else 0,
-    )  # fmt: skip
-    if program.gate is not None:
-        if row.decides:
-            runner.cmrm_decided.add(request)
-        elif ends and row.first >= row.prompt and request not in runner.cmrm_decided:
-            raise ModelError(f"cmrm: the gate has not decided about the request {request}")
-    return row, _target(runner, program, request, state, row)
-
-
-def _target(
-    runner: Any, program: Program, request: str, state: Any, row: Row
-) -> torch.Tensor | None:
-    """Coordinates that fill raises the row to; None where it steers nothing in this step.
-
-    Raises:
-        ModelError: the request carries an image and names no recorded coordinates.
-    """
-    if not program.fills or row.image_end is None or not row.decides:
-        return None
-    if request not in runner.cmrm_targets:
-        recorded = runner.cmrm_records.get(_asked(state).get("target"))
-        if recorded is None:
-            raise ModelError(
-                f"cmrm: fill has no coordinates of the text of the request {request}; no answer "
-                "is given"
-            )
-        runner.cmrm_targets[request] = recorded
-    return torch.as_tensor(runner.cmrm_targets[request])
-
-
-def _asked(state: Any) -> Mapping[str, str]:
-    """What the engine says of a request in `SamplingParams.extra_args`."""
-    extra = getattr(state.sampling_params, "extra_args", None) or {}
-    asked = extra.get(REQUEST_KEY)
-    return asked if isinstance(asked, Mapping) else {}
-
-
-def _await_record(runner: Any, request: str, token: int) -> None:
-    """Keep the coordinates of a token of the coming step, where its request asks for it."""
-    name = _asked(runner.requests[request]).get("record")
-    if name is not None:
-        runner.cmrm_pending.append((name, token))
-
-
-def _keep_records(runner: Any) -> None:
-    """Keep the coordinates of the last step that were asked for; they stay on the device."""
-    for name, token in runner.cmrm_pending:
-        if len(runner.cmrm_records) >= MOST_RECORDS:
-            runner.cmrm_records.pop(next(iter(runner.cmrm_records)))
-        runner.cmrm_records[name] = runner.cmrm_board.seen[token].clone()
-    runner.cmrm_pending = []
-
-
-def _slot(runner: Any, request: str) -> int:
-    """Where the gate's decision about a request is held.
-
-    Raises:
-        ModelError: no place is left.
-    """
-    slots: dict[str, int] = runner.cmrm_slots
-    if request not in slots:
-        taken = set(slots.values())
-        free = next((k for k in range(len(runner.cmrm_board.held) - 1) if k not in taken), None)
-        if free is None:
-            raise ModelError("cmrm: too many requests wait with a decision of the gate")
-        slots[request] = free
-        runner.cmrm_board.held[free] = 0.0
-    return slots[request]
-
-
-def _forget(runner: Any, scheduled: Any) -> None:
-    """Drop what is held for requests that are gone, also where a new one has the same name."""
-    ended = set(getattr(scheduled, "finished_req_ids", ()))
-    for held in (runner.cmrm_slots, runner.cmrm_targets):
-        for request in [name for name in held if name in ended or name not in runner.requests]:
-            del held[request]
-    runner.cmrm_decided = {
-        name for name in runner.cmrm_decided if name in runner.requests and name not in ended
-    }

@@ -76,7 +76,7 @@ class Board:
         """float32 [T, layers of fill]: coordinates that states are raised to."""
         self.seen = torch.zeros(tokens, max(1, fills), device=device)
         """float32 [T, layers of fill]: coordinates of the last step's states, before fill."""
-        self._slots = slots
+        self.slots = slots
         self._used = tokens
 
     @property
@@ -100,8 +100,8 @@ class Board:
         self.mask[:n].zero_()
         if self.gated:
             self.score[:n].zero_()
-            self.written[:n].fill_(self._slots)
-            self.slot[:n].fill_(self._slots)
+            self.written[:n].fill_(self.slots)
+            self.slot[:n].fill_(self.slots)
         if self.fills:
             self.target[:n].zero_()
 
@@ -137,7 +137,7 @@ class Board:
         self.mask[:total, 0] = self._there(mask.astype(np.float32))
         if self.gated:
             slot = np.repeat([row.slot for row in rows], [row.count for row in rows])
-            written = np.full(total, self._slots)
+            written = np.full(total, self.slots)
             place = 0
             for row in rows:
                 if row.decides:

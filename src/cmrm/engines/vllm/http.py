@@ -99,13 +99,13 @@ class Middleware:
             if reason is not None:
                 await _refuse(send, 400, reason)
                 return
-        given = False
+        replayed = False
 
         async def again() -> Message:
-            nonlocal given
-            if given:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            given = True
+            replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, again, send)

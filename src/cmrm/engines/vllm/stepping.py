@@ -1,0 +1,185 @@
+"""Before each pass of vLLM's model runner: which of its tokens are steered, and to what.
+
+A runner's `State` knows the program, the board, and what has to be remembered of requests between
+passes: where a gate's decision is held, and the coordinates that `fill` raises states to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from cmrm.engines.vllm.board import Board, Row
+from cmrm.engines.vllm.program import Program
+from cmrm.errors import ModelError
+
+MOST_RECORDS = 10_000
+"""Recorded coordinates that wait for their request; the oldest ones go first."""
+REQUEST_KEY = "cmrm"
+"""Of `SamplingParams.extra_args`: `{"record": name}`, `{"target": name}`."""
+
+
+class State:
+    """What one model runner remembers."""
+
+    def __init__(self, program: Program, board: Board) -> None:
+        self.program, self.board = program, board
+        self.slots: dict[str, int] = {}
+        """Request -> where the gate's decision about it is held."""
+        self.decided: set[str] = set()
+        """Requests about which the gate has decided."""
+        self.records: dict[str, torch.Tensor] = {}
+        """Name -> recorded coordinates of a text; they stay on the device."""
+        self.targets: dict[str, torch.Tensor] = {}
+        """Request -> the coordinates that it is raised to."""
+        self.pending: list[tuple[str, int]] = []
+        """(name, token) of the last pass whose coordinates are to be recorded."""
+        self.counts = {"steps": 0, "tokens": 0, "masked": 0}
+        """Passes, tokens, and tokens at steered positions of image requests."""
+        self.testing = False
+        """Whether the pass that comes is one of the self-test."""
+
+    def prepare(
+        self,
+        requests: Iterable[str],
+        scheduled: Mapping[str, int],
+        known: Mapping[str, Any],
+        ended: Iterable[str] = (),
+    ) -> None:
+        """Fill the board for a pass.
+
+        Args:
+            requests: the batch, in its order.
+            scheduled: tokens of each in this pass.
+            known: vLLM's state of every request that it knows.
+            ended: requests that ended before this pass; a new one may have the same name.
+
+        Raises:
+            ModelError: something is not known that decides whether tokens are steered.
+        """
+        self.keep_records()
+        self._forget(known, set(ended))
+        rows, targets, start = [], [], 0
+        for request in requests:
+            state = known.get(request)
+            if state is None:
+                raise ModelError(
+                    f"cmrm: nothing is known of the request {request}; no answer is given"
+                )
+            row = self._row(request, state, scheduled[request])
+            if self.program.fills and row.decides:
+                self._await_record(state, start + row.prompt - 1 - row.first)
+            rows.append(row)
+            targets.append(self._target(request, state, row))
+            start += row.count
+        masked = self.board.fill_in(
+            rows, self.program.positions, targets if self.program.fills else ()
+        )
+        self.counts["steps"] += 1
+        self.counts["tokens"] += start
+        self.counts["masked"] += masked
+
+    def keep_records(self) -> None:
+        """Keep the coordinates of the last pass that were asked for."""
+        for name, token in self.pending:
+            if len(self.records) >= MOST_RECORDS:
+                self.records.pop(next(iter(self.records)))
+            self.records[name] = self.board.seen[token].clone()
+        self.pending = []
+
+    def _forget(self, known: Mapping[str, Any], ended: set[str]) -> None:
+        """Drop what is held for requests that are gone, also where a new one has the same name."""
+
+        def stays(request: str) -> bool:
+            return request in known and request not in ended
+
+        self.slots = {name: slot for name, slot in self.slots.items() if stays(name)}
+        self.targets = {name: target for name, target in self.targets.items() if stays(name)}
+        self.decided = {name for name in self.decided if stays(name)}
+
+    def _row(self, request: str, state: Any, count: int) -> Row:
+        """What is known of one request's tokens in this pass."""
+        places = [feature.mm_position for feature in state.mm_features or ()]
+        ends = [place.offset + place.length for place in places]
+        row = Row(
+            int(state.num_computed_tokens), int(count), int(state.num_prompt_tokens),
+            max(ends, default=None), self._slot(request) if self.board.gated else 0,
+        )  # fmt: skip
+        if self.board.gated:
+            if row.decides:
+                self.decided.add(request)
+            elif ends and row.first >= row.prompt and request not in self.decided:
+                raise ModelError(f"cmrm: the gate has not decided about the request {request}")
+        return row
+
+    def _slot(self, request: str) -> int:
+        """Where the gate's decision about a request is held."""
+        if request not in self.slots:
+            taken = set(self.slots.values())
+            free = next((k for k in range(self.board.slots) if k not in taken), None)
+            if free is None:
+                raise ModelError("cmrm: too many requests wait with a decision of the gate")
+            self.slots[request] = free
+            self.board.held[free] = 0.0
+        return self.slots[request]
+
+    def _target(self, request: str, state: Any, row: Row) -> torch.Tensor | None:
+        """Coordinates that fill raises the row to; None where it steers nothing in this pass."""
+        if not self.program.fills or row.image_end is None or not row.decides:
+            return None
+        if request not in self.targets:
+            name = asked(state).get("target")
+            if name is None or name not in self.records:
+                raise ModelError(
+                    f"cmrm: fill has no coordinates of the text of the request {request}; no "
+                    "answer is given"
+                )
+            self.targets[request] = self.records[name]
+        return self.targets[request]
+
+    def _await_record(self, state: Any, token: int) -> None:
+        """Keep the coordinates of a token of the coming pass, where its request asks for it."""
+        name = asked(state).get("record")
+        if name is not None:
+            self.pending.append((name, token))
+
+
+def asked(state: Any) -> Mapping[str, str]:
+    """What the engine says of a request in `SamplingParams.extra_args`."""
+    extra = getattr(state.sampling_params, "extra_args", None) or {}
+    values = extra.get(REQUEST_KEY)
+    return values if isinstance(values, Mapping) else {}
+
+
+def state_of(runner: Any) -> State:
+    """The state of a runner.
+
+    Raises:
+        ModelError: it is not armed.
+    """
+    state = getattr(runner, "cmrm_state", None)
+    if not isinstance(state, State):
+        raise ModelError("cmrm: this model runner is not armed; no answer is given")
+    return state
+
+
+def before_step(
+    original: Callable[..., Any], runner: Any, scheduled: Any, *args: Any, **more: Any
+) -> Any:
+    """Around `_preprocess`: the batch is in its order then, and nothing has run yet."""
+    state_of(runner).prepare(
+        runner.input_batch.req_ids, scheduled.num_scheduled_tokens, runner.requests,
+        scheduled.finished_req_ids,
+    )  # fmt: skip
+    return original(runner, scheduled, *args, **more)
+
+
+def before_dummy(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
+    """Around `_dummy_run`: passes that answer nobody steer nothing."""
+    state = getattr(runner, "cmrm_state", None)
+    if isinstance(state, State) and not state.testing:
+        state.keep_records()
+        state.board.clear()
+    return original(runner, *args, **more)
