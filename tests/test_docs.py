@@ -47,6 +47,11 @@ def test_commands_exist(page: Path) -> None:
             assert [option for option in used if option not in {*known, "--help"}] == [], line
 
 
+def test_every_command_is_named() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in get_command(app).commands if f"cmrm {name}" not in text] == []  # type: ignore[attr-defined]
+
+
 def _end(words: list[str]) -> int:
     """Where options of another program begin."""
     return words.index("--") if "--" in words else len(words)

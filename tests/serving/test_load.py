@@ -101,7 +101,7 @@ def test_bodies_of_every_kind(server: Server, model: Model) -> None:
     contents = [json.dumps(body(rng)).encode() for _ in range(BODIES)]
     contents += [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": ' + b"[" * 500]
     codes = [post(server, content) for content in contents]
-    assert set(codes) <= {200, 400, 401, 404, 422, 500, 501}
+    assert set(codes) <= {200, 400, 401, 404, 422}, sorted(set(codes))
     assert codes.count(400) + codes.count(422) > 50
     request = requests()[0]
     assert close(ask(server, request), hooks(model, [request], SETTING)[0]["logprobs"])
