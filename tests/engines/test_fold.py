@@ -200,6 +200,17 @@ def test_broken_checkpoints_and_targets(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_what_float16_does_not_hold(tmp_path: Path) -> None:
+    vlm = saved("llava", tmp_path / "model")
+    vlm.model.half().save_pretrained(tmp_path / "half")
+    additions = torch.zeros(vlm.n_layers, vlm.hidden_size)
+    additions[1, 3] = 1e5
+    with pytest.raises(InputError, match="decoder layer 1 reaches 1e\\+05"):
+        fold(tmp_path / "half", additions, tmp_path / "o", record={})
+    assert not (tmp_path / "o").exists()
+    fold(tmp_path / "model", additions, tmp_path / "o", record={})
+
+
 def test_the_command(tmp_path: Path) -> None:
     vlm = saved("llava", tmp_path / "model")
     artifact(vlm).save(tmp_path / "shift.safetensors")

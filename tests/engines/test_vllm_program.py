@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -139,6 +141,16 @@ def test_programs_are_known_by_their_content() -> None:
         Program.of(artifact(probe()), Steering(alpha=0.5, gate=True)),
     ]
     assert len({one.key, *(other.key for other in others)}) == 5
+
+
+def test_what_float16_does_not_hold() -> None:
+    """0 times infinity would make text requests NaN."""
+    vectors = artifact().vectors.clone()
+    vectors[2] = 1e5
+    program = Program.of(replace(artifact(), vectors=vectors), Steering(schedule="per_layer"))
+    assert torch.isfinite(program.step(2, torch.bfloat16, CPU).add).all()  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="decoder layer 2 reaches"):
+        program.step(2, torch.float16, CPU)
 
 
 def test_what_cannot_be_expressed_is_refused() -> None:

@@ -28,7 +28,7 @@ from cmrm.errors import InputError, ModelError
 from cmrm.files import atomic_path, write_json
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.shift.resolve import resolved, settled
-from cmrm.steering.intervention import Intervention
+from cmrm.steering.intervention import Intervention, in_dtype
 from cmrm.steering.setting import Steering, layer_ranges
 
 INDEX = "model.safetensors.index.json"
@@ -113,7 +113,8 @@ def fold(folder: Path, additions: torch.Tensor, out: Path, *, record: Mapping[st
         `out`.
 
     Raises:
-        InputError: `out` is not free, or there is too little space.
+        InputError: `out` is not free, there is too little space, or the weights' dtype does not
+            hold an addition.
         ModelError: the backbone has no such bias, or the checkpoint is quantised, incomplete or
             without safetensors.
     """
@@ -230,12 +231,12 @@ def _biases(
     names: Sequence[tuple[str, str]], tensors: Mapping[str, _Tensor], additions: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Biases of every block: zero but for those of `down_proj`."""
-    for (start, end), addition in zip(names, additions, strict=True):
+    for layer, ((start, end), addition) in enumerate(zip(names, additions, strict=True)):
         for part in ("gate_proj", "up_proj", "down_proj"):
             weight = tensors[f"{start}{end}{part}.weight"]
             bias = torch.zeros(weight.shape[0], dtype=weight.dtype)
             if part == "down_proj":
-                bias = addition.to(weight.dtype)
+                bias = in_dtype(addition, layer, weight.dtype)
             yield f"{start}{end}{part}.bias", bias.contiguous()
 
 

@@ -16,10 +16,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from cmrm.errors import InputError, SteeringError
+from cmrm.errors import SteeringError
 from cmrm.model.layers import hidden_of
 from cmrm.model.vlm import VLM
-from cmrm.steering.intervention import Edit, Intervention
+from cmrm.steering.intervention import Edit, Intervention, in_dtype
 from cmrm.steering.passes import Pass
 from cmrm.steering.positions import Conversation
 from cmrm.steering.setting import Positions
@@ -313,15 +313,7 @@ class Session:
             vector = edit.vector.float()
             if edit.operator == "add":
                 vector = edit.strength * vector
-            placed = vector.to(device, dtype)
-            if not bool(torch.isfinite(placed).all()):
-                largest = float(vector.abs().max())
-                raise InputError(
-                    f"the vector of decoder layer {edit.layer} reaches {largest:.3g}, more than "
-                    f"{str(dtype).removeprefix('torch.')} holds; load the model in bfloat16 or "
-                    "float32, or lower alpha"
-                )
-            self._placed[key] = placed
+            self._placed[key] = in_dtype(vector.to(device), edit.layer, dtype)
         return self._placed[key]
 
 

@@ -192,6 +192,23 @@ class Intervention:
                 )
 
 
+def in_dtype(vector: torch.Tensor, layer: int, dtype: torch.dtype) -> torch.Tensor:
+    """A float32 vector of a decoder layer in a model's dtype.
+
+    Raises:
+        InputError: the dtype does not hold it; infinity would make every row NaN, unsteered ones
+            too.
+    """
+    placed = vector.to(dtype)
+    if not bool(torch.isfinite(placed).all()):
+        raise InputError(
+            f"the vector of decoder layer {layer} reaches {float(vector.abs().max()):.3g}, more "
+            f"than {str(dtype).removeprefix('torch.')} holds; load the model in bfloat16 or "
+            "float32, or lower alpha"
+        )
+    return placed
+
+
 def shift_intervention(
     vectors: torch.Tensor, steering: Steering, gate: Gate | None = None
 ) -> Intervention:

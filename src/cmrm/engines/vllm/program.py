@@ -22,7 +22,7 @@ from cmrm.errors import InputError
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.shift.resolve import gate_of, needs_text, settled
 from cmrm.steering.gate import Gate
-from cmrm.steering.intervention import shift_intervention
+from cmrm.steering.intervention import in_dtype, shift_intervention
 from cmrm.steering.setting import Positions, Steering
 
 
@@ -108,12 +108,16 @@ class Program:
             )
 
     def step(self, layer: int, dtype: torch.dtype, device: torch.device) -> Step:
-        """What is done at one layer, its tensors in place."""
+        """What is done at one layer, its tensors in place.
+
+        Raises:
+            InputError: the model's dtype does not hold what is added.
+        """
         columns = {filled: column for column, filled in enumerate(sorted(self.fills))}
         gate = self.gate if self.gate is not None and layer in self.gate.layers else None
         add, fill = self.adds.get(layer), self.fills.get(layer)
         return Step(
-            add=None if add is None else add.to(device, dtype),
+            add=None if add is None else in_dtype(add.to(device), layer, dtype),
             fill=None if fill is None else fill.to(device, torch.float32),
             column=columns.get(layer, -1),
             strength=self.strength,
