@@ -193,6 +193,54 @@ def test_what_is_refused(server: Server) -> None:
     assert health(server.address)[0] == 200
 
 
+def post(server: Server, path: str, body: dict[str, Any] | None, key: str | None = None) -> int:
+    """Status of a request without OpenAI's client."""
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.address}{path}", content, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_nothing_else_is_reached(server: Server) -> None:
+    """vLLM answers on more paths, some of them without the key."""
+    chat = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    for path in ("/invocations", "/tokenize", "/generative_scoring", "/pooling", "/v1/responses"):
+        assert post(server, path, chat) == 404
+        assert post(server, path, chat, KEY) == 404
+    for path in ("/collective_rpc", "/sleep", "/reset_prefix_cache"):
+        assert post(server, path, {}, KEY) == 404
+    assert post(server, "/v1/chat/completions", chat) == 401
+    assert post(server, "/v1/chat/completions", chat, KEY) == 200
+    for moved in (
+        {"use_beam_search": True, "n": 2}, {"continue_final_message": True},
+        {"add_generation_prompt": False}, {"chat_template": "{{ messages }}"},
+    ):  # fmt: skip
+        assert post(server, "/v1/chat/completions", {**chat, **moved}, KEY) == 400
+    assert post(server, "/live", None) == 200
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--trust-remote", "--hos=0.0.0.0", "--allowed-media=evil.example", "--enable-sleep",
+     "--limit-mm-per-prompt.image=99", "--ubatch-size=2"],
+)  # fmt: skip
+def test_no_option_undoes_a_safe_default(model: Model, option: str) -> None:
+    """Abbreviated and dotted options are known to vLLM's own parser."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cmrm", "serve", str(model.folder), "--shift", str(model.path),
+         "--gate", "--layers", "2-3", "--", option],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is set by `cmrm serve`" in done.stderr
+
+
 def test_a_client_that_goes_away(server: Server) -> None:
     stream = server.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Tell me all."}], max_tokens=400,
