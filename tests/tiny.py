@@ -12,6 +12,9 @@ patch_torchvision()
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
 
+from cmrm.engines.base import Engine  # noqa: E402
+from cmrm.engines.transformers import TransformersEngine  # noqa: E402
+from cmrm.model.vlm import VLM  # noqa: E402
 from families import llava  # noqa: E402
 
 
@@ -21,3 +24,10 @@ def tiny_processor() -> LlavaProcessor:
 
 def tiny_model(*, n_layers: int = 3, width: int = 32) -> LlavaForConditionalGeneration:
     return llava(num_hidden_layers=n_layers, hidden_size=width)[0]
+
+
+def vlm_of(engine: Engine) -> VLM:
+    """The model of an engine on transformers, or of one that remembers its states."""
+    inner = getattr(engine, "engine", engine)
+    assert isinstance(inner, TransformersEngine)
+    return inner.vlm

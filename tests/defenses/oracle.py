@@ -11,13 +11,13 @@ from PIL import Image
 
 from cmrm import Sample
 from cmrm.defenses import Defense, FitData, make_defense
-from cmrm.engines.base import Reply
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Engine, Reply
 from cmrm.model.encode import encode
 from cmrm.model.layers import hidden_of
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request, build_requests
 from cmrm.steering.hooks import intervene
+from tiny import vlm_of
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 SEEN = [
@@ -41,7 +41,7 @@ def anchor_set() -> FitData:
     return FitData(harmful, benign, 4)
 
 
-def fitted(engine: TransformersEngine, data: FitData, name: str, **settings: Any) -> Defense:
+def fitted(engine: Engine, data: FitData, name: str, **settings: Any) -> Defense:
     """A defence with settings, fitted."""
     defense = make_defense(name, {name: settings} if settings else None)
     defense.fit(engine, data)
@@ -86,15 +86,15 @@ def states(vlm: VLM, requests: Sequence[Request], *contexts: Any) -> torch.Tenso
     return torch.stack(read, dim=1)
 
 
-def defended(
-    engine: TransformersEngine, defense: Defense, requests: Sequence[Request]
-) -> torch.Tensor:
+def defended(engine: Engine, defense: Defense, requests: Sequence[Request]) -> torch.Tensor:
     """`states` of what a defence asks, under its interventions."""
     asked = defense.rewrite(engine, requests)
     keys = [request.text for request in asked]
     interventions = defense.intervene(engine, asked, keys)
     return states(
-        engine.vlm, asked, *([intervene(engine.vlm, *interventions)] if interventions else [])
+        vlm_of(engine),
+        asked,
+        *([intervene(vlm_of(engine), *interventions)] if interventions else []),
     )
 
 

@@ -25,6 +25,7 @@ from cmrm.evaluate.run import evaluate
 from cmrm.shift.artifact import Artifact
 from cmrm.steering.setting import Steering
 from evaluate.plans import COLOURS, anchors, picture, quiet, small_plan, small_set
+from tiny import vlm_of
 
 pytestmark = pytest.mark.usefixtures("no_models_left")
 
@@ -51,7 +52,7 @@ def test_variants_that_steer_otherwise_are_fitted_once(
 def test_a_shift_of_extract_is_used_as_it_recommends(checkpoint: str, tmp_path: Path) -> None:
     engine = shared_engine(checkpoint)
     shift = replace(
-        estimate_shift(engine.vlm, anchors().harmful, estimator="mean"),
+        estimate_shift(vlm_of(engine), anchors().harmful, estimator="mean"),
         recommended=Steering(alpha=0.4, layers=(1,)),
     )
     names = ("cmrm_dataset", "cmrm_dataset@paper", "cmrm_dataset@weak")
@@ -69,7 +70,7 @@ def test_a_shift_of_extract_is_used_as_it_recommends(checkpoint: str, tmp_path: 
         "cmrm_dataset@weak": (0.1, [1], "telescoped", "mean"),
     }
     steered = generate(
-        engine.vlm, list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
+        vlm_of(engine), list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
     )
     (cell,) = (cell for cell in read_cells(tmp_path / "logs") if cell.defense == names[0])
     replies = {outcome.sample_id: outcome.reply for outcome in cell.outcomes.values()}
@@ -80,7 +81,7 @@ def test_a_shift_of_extract_is_used_as_it_recommends(checkpoint: str, tmp_path: 
 
 
 def test_a_shift_of_other_weights_is_refused(checkpoint: str, tmp_path: Path) -> None:
-    vlm = shared_engine(checkpoint).vlm
+    vlm = vlm_of(shared_engine(checkpoint))
     shift = estimate_shift(vlm, anchors().harmful)
     with torch.no_grad():
         next(vlm.model.parameters()).data.add_(1.0)
@@ -99,13 +100,13 @@ def test_fitted_state_is_an_artifact_and_of_its_weights_alone(
         artifact = Artifact.load(tmp_path / f"{name}.safetensors")
         assert artifact.identity is not None
     with torch.no_grad():
-        next(engine.vlm.model.parameters()).data.add_(1.0)
+        next(vlm_of(engine).model.parameters()).data.add_(1.0)
     with pytest.raises(ArtifactError, match="does not fit"):
         fit_defenses(plan, engine, tmp_path)
 
 
 def test_a_shift_without_a_defence_that_takes_it(checkpoint: str) -> None:
-    shift = estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful)
+    shift = estimate_shift(vlm_of(shared_engine(checkpoint)), anchors().harmful)
     with pytest.raises(InputError, match="a shift belongs to the defence cmrm_dataset"):
         small_plan(checkpoint, defenses=("ecso",), shift=shift)
 
@@ -121,7 +122,7 @@ def test_fill_and_gated_take_the_artifact_each_with_its_own_setting(
 ) -> None:
     engine = shared_engine(checkpoint)
     shift = replace(
-        estimate_shift(engine.vlm, many("harmful"), many("benign"), false_alarms=0.1),
+        estimate_shift(vlm_of(engine), many("harmful"), many("benign"), false_alarms=0.1),
         recommended=Steering(alpha=0.6, operator="fill", layers=(2,)),
     )
     names = ("cmrm_dataset", "cmrm_dataset@paper", "cmrm_fill", "cmrm_gated", "cmrm_gated@more")
@@ -147,7 +148,7 @@ def test_fill_and_gated_take_the_artifact_each_with_its_own_setting(
     low, high = (gate.threshold for gate in gates.values() if gate is not None)
     assert high < low, "more false alarms, a lower threshold"
     steered = generate(
-        engine.vlm, list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
+        vlm_of(engine), list(small_set().samples), shift=shift, max_new_tokens=5, batch_size=2
     )
     (cell,) = (cell for cell in read_cells(tmp_path / "logs") if cell.defense == "cmrm_fill")
     replies = {outcome.sample_id: outcome.reply for outcome in cell.outcomes.values()}
@@ -155,11 +156,11 @@ def test_fill_and_gated_take_the_artifact_each_with_its_own_setting(
 
 
 def test_what_an_artifact_does_not_hold_is_named_with_the_defence(checkpoint: str) -> None:
-    shift = estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful)
+    shift = estimate_shift(vlm_of(shared_engine(checkpoint)), anchors().harmful)
     for name, missing in (("cmrm_fill", "refusal direction"), ("cmrm_gated", "gate")):
         with pytest.raises(InputError, match=f"{name} cannot use the artifact: .* no {missing}"):
             small_plan(checkpoint, defenses=(name,), shift=shift)
-    fitted = estimate_shift(shared_engine(checkpoint).vlm, many("harmful"), many("benign"))
+    fitted = estimate_shift(vlm_of(shared_engine(checkpoint)), many("harmful"), many("benign"))
     with pytest.raises(InputError, match="say gate_kind 'cosine', the shift was estimated with"):
         small_plan(checkpoint, defenses=("cmrm_gated@cosine",), shift=fitted, anchors=None)
 
@@ -224,7 +225,7 @@ def test_too_few_anchors_for_a_gate_are_refused_before_the_model_is_loaded(
 
 def test_a_recommendation_of_nothing_warns_in_the_provider(checkpoint: str, tmp_path: Path) -> None:
     shift = replace(
-        estimate_shift(shared_engine(checkpoint).vlm, anchors().harmful),
+        estimate_shift(vlm_of(shared_engine(checkpoint)), anchors().harmful),
         recommended=Steering(alpha=0.0),
     )
     file = str(shift.save(tmp_path / "shift.safetensors"))

@@ -36,9 +36,10 @@ from cmrm.errors import ArtifactError, CmrmError, InputError
 from cmrm.evaluate import provider
 from cmrm.evaluate.fitting import fit_defenses
 from cmrm.evaluate.provider import CmrmAPI, shared_engine
-from cmrm.evaluate.tasks import data_uri
+from cmrm.prompts.images import data_uri
 from cmrm.steering.setting import Steering
 from evaluate.plans import COLOURS, anchors, count_batches, picture, rows_file, small_plan
+from tiny import vlm_of
 
 pytestmark = pytest.mark.usefixtures("no_models_left")
 
@@ -83,7 +84,7 @@ def test_replies_are_those_of_generate(checkpoint: str) -> None:
     api = CmrmAPI(checkpoint, batch_size=3)
     texts = [f"Tell me about {colour}" for colour in COLOURS]
     samples = [Sample(text, text) for text in texts]
-    plain = generate(api.engine.vlm, samples, condition="query", max_new_tokens=4, batch_size=1)
+    plain = generate(vlm_of(api.engine), samples, condition="query", max_new_tokens=4, batch_size=1)
     assert ask(api, [message(text) for text in texts]) == [reply.text for reply in plain]
 
 
@@ -154,7 +155,7 @@ def test_bad_arguments(checkpoint: str, options: dict[str, Any], problem: str) -
 
 
 def test_it_takes_an_artifact(checkpoint: str, tmp_path: Path) -> None:
-    vlm = shared_engine(checkpoint).vlm
+    vlm = vlm_of(shared_engine(checkpoint))
     recommended = Steering(alpha=0.4, layers=(1,))
     artifact = tmp_path / "shift.safetensors"
     replace(estimate_shift(vlm, anchors().harmful), recommended=recommended).save(artifact)
@@ -189,7 +190,7 @@ def test_what_a_run_fitted_is_no_shift(checkpoint: str, tmp_path: Path) -> None:
 def test_out_of_memory_halves_a_batch(checkpoint: str, sizes: list[int]) -> None:
     """A model that takes two rows at most, behind a provider that sends it eight."""
     api = CmrmAPI(checkpoint, batch_size=8)
-    model = api.engine.vlm.model
+    model = vlm_of(api.engine).model
     rows = []
 
     def small(module: Any, arguments: Any, inputs: Any) -> None:
@@ -209,7 +210,7 @@ def test_out_of_memory_halves_a_batch(checkpoint: str, sizes: list[int]) -> None
 
 def test_rows_with_and_without_images_are_never_in_one_pass(checkpoint: str) -> None:
     api = CmrmAPI(checkpoint, batch_size=6)
-    vlm = api.engine.vlm
+    vlm = vlm_of(api.engine)
     mixed = []
 
     def watch(module: Any, arguments: Any, inputs: Any) -> None:
@@ -226,7 +227,7 @@ def test_rows_with_and_without_images_are_never_in_one_pass(checkpoint: str) -> 
 
 def test_sampling_is_passed_on(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     api = CmrmAPI(checkpoint, batch_size=1)
-    model, options = api.engine.vlm.model, []
+    model, options = vlm_of(api.engine).model, []
     generate = model.generate
 
     def watched(*arguments: Any, **more: Any) -> Any:
@@ -255,7 +256,7 @@ def test_stored_replies_hang_on_everything_that_makes_them(
         return ask(api, [message("What is it?", "red")])
 
     first = replies()
-    vlm = shared_engine(checkpoint).vlm
+    vlm = vlm_of(shared_engine(checkpoint))
     if change == "template":
         vlm.processor.chat_template = vlm.processor.chat_template.replace("assistant", "Assistant")
     elif change == "processor":
@@ -285,7 +286,7 @@ def test_what_is_drawn_at_random_is_not_stored(
 
 def test_tokens_are_counted_without_the_network(checkpoint: str) -> None:
     api = CmrmAPI(checkpoint)
-    tokens = api.engine.vlm.tokenizer("How many?")["input_ids"]
+    tokens = vlm_of(api.engine).tokenizer("How many?")["input_ids"]
     assert asyncio.run(api.count_text_tokens("How many?")) == len(tokens)
 
 
@@ -328,7 +329,7 @@ def test_two_providers_on_one_model_do_not_disturb_each_other(checkpoint: str) -
 
 def test_a_provider_beside_a_stream(checkpoint: str) -> None:
     steered, _ = strong_and_plain(checkpoint)
-    vlm = steered.engine.vlm
+    vlm = vlm_of(steered.engine)
     sample = Sample("s", "Tell me about a wall", picture("green"))
     messages = [message(f"Tell me about {k}", COLOURS[k % 5]) for k in range(12)]
 

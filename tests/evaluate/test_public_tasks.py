@@ -23,6 +23,7 @@ from cmrm.evaluate.provider import shared_engine
 from cmrm.prompts.easy_vqa import vqa_samples
 from cmrm.prompts.ours import prompt_samples
 from cmrm.prompts.sample import open_images
+from tiny import vlm_of
 
 pytestmark = pytest.mark.demo
 XSTEST = Path(__file__).parents[3] / "shared/data/xstest/prompts.csv"
@@ -32,7 +33,7 @@ XSTEST = Path(__file__).parents[3] / "shared/data/xstest/prompts.csv"
 def shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Vectors of a few anchors of the demo VLM."""
     anchors = prompt_samples("anchor", "harmful")[:16]
-    vectors = estimate_shift(shared_engine("demo").vlm, anchors, batch_size=8)
+    vectors = estimate_shift(vlm_of(shared_engine("demo")), anchors, batch_size=8)
     return vectors.save(tmp_path_factory.mktemp("shift") / "shift.safetensors")
 
 

@@ -29,6 +29,7 @@ from cmrm.measure.store import ReplyStore
 from cmrm.prompts import Loaded
 from cmrm.prompts.conditions import Condition, Request
 from evaluate.plans import picture, quiet, small_plan, small_set
+from tiny import vlm_of
 
 pytestmark = pytest.mark.usefixtures("no_models_left")
 UNTOUCHED: dict[str, Any] = {"defenses": (), "conditions": (Condition.ORIGINAL,)}
@@ -64,7 +65,7 @@ def test_replies_are_those_of_plain_generation(checkpoint: str, tmp_path: Path) 
     evaluate(small_plan(checkpoint, **UNTOUCHED), tmp_path, say=quiet)
     cell = read_cells(tmp_path / "logs")[0]
     engine = shared_engine(checkpoint)
-    plain = generate(engine.vlm, list(small_set().samples), max_new_tokens=5, batch_size=1)
+    plain = generate(vlm_of(engine), list(small_set().samples), max_new_tokens=5, batch_size=1)
     replies = {outcome.sample_id: outcome.reply for outcome in cell.outcomes.values()}
     assert replies == {generation.sample_id: generation.text for generation in plain}
     log = read_eval_log(list_eval_logs(str(tmp_path / "logs" / "none"))[0])
@@ -132,7 +133,7 @@ def test_another_model_under_the_same_name_is_refused(
 ) -> None:
     plan = small_plan(checkpoint, **UNTOUCHED)
     evaluate(plan, tmp_path, say=quiet)
-    vlm = shared_engine(checkpoint).vlm
+    vlm = vlm_of(shared_engine(checkpoint))
     if change == "weights":
         with torch.no_grad():
             next(vlm.model.parameters()).data.add_(1.0)

@@ -22,9 +22,10 @@ from cmrm.engines.base import Decoding
 from cmrm.errors import InputError
 from cmrm.evaluate.conversation import decoding_of, request_of
 from cmrm.evaluate.provider import PLACE
-from cmrm.evaluate.tasks import content_of, data_uri, set_task
+from cmrm.evaluate.tasks import content_of, set_task
 from cmrm.measure.loop import asks_of, batch_id, ordered
 from cmrm.prompts.conditions import Condition, Request
+from cmrm.prompts.images import data_uri
 from evaluate.plans import picture, small_set
 
 

@@ -75,7 +75,11 @@ def build(root: Path) -> Model:
     scores = (states[:, 1] @ probe[0]).sort().values
     threshold = float((scores[1] + scores[2]) / 2)
     shift = ShiftVectors(
-        vectors, Provenance(vlm.model_id, None, type(made).__name__, shape[1], shape[0]),
+        vectors,
+        Provenance(
+            vlm.model_id, None, type(made).__name__, shape[1], shape[0], corruption="blank",
+            estimator="pca",
+        ),
         Steering(alpha=0.5), {"direction": direction}, identity=identity_of(vlm),
         gate=Gate("linear", (1,), probe, threshold),
     )  # fmt: skip

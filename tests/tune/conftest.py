@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.vlm import VLM
 from cmrm.tune.remembering import Remembering
 from tune.sources import rows, write_set
@@ -43,4 +44,4 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def engine(vlm: VLM) -> Remembering:
-    return Remembering(vlm)
+    return Remembering(TransformersEngine(vlm))

@@ -12,6 +12,7 @@ from cmrm.prompts.conditions import Condition, Request, build_request
 from cmrm.tune.proxy import STARTS, Odds, Proxy, correlation, screened
 from cmrm.tune.remembering import Remembering
 from defenses.oracle import SEEN, anchor_set, fitted
+from tiny import vlm_of
 from tune.sources import small_sets
 
 
@@ -20,7 +21,9 @@ def plain(engine: Remembering, requests: list[Request], tokens: tuple[int, ...])
     rows = []
     for request in requests:
         with torch.inference_mode():
-            logits = engine.vlm.model(**encode(engine.vlm, [request])).logits[0, -1].double()
+            logits = (
+                vlm_of(engine).model(**encode(vlm_of(engine), [request])).logits[0, -1].double()
+            )
         p = torch.softmax(logits, -1)[list(tokens)].sum()
         rows.append(torch.log(p / (1 - p)))
     return torch.stack(rows).float()
@@ -28,38 +31,40 @@ def plain(engine: Remembering, requests: list[Request], tokens: tuple[int, ...])
 
 @pytest.fixture(scope="module")
 def tokens(engine: Remembering) -> tuple[int, ...]:
-    return first_tokens(engine.vlm, STARTS)
+    return first_tokens(vlm_of(engine).tokenizer, STARTS)
 
 
 def test_the_tokens_that_refusals_begin_with(engine: Remembering, tokens: tuple[int, ...]) -> None:
-    texts = {engine.vlm.tokenizer.decode([token]).strip() for token in tokens}
+    texts = {vlm_of(engine).tokenizer.decode([token]).strip() for token in tokens}
     assert texts
     assert all(any(start.startswith(text) for start in STARTS) for text in texts)
-    assert first_tokens(engine.vlm, []) == ()
+    assert first_tokens(vlm_of(engine).tokenizer, []) == ()
 
 
 def test_the_log_odds_of_the_untouched_model(engine: Remembering, tokens: tuple[int, ...]) -> None:
-    odds = first_token_log_odds(engine.vlm, SEEN, tokens)
+    odds = first_token_log_odds(vlm_of(engine), SEEN, tokens)
     assert torch.allclose(odds, plain(engine, SEEN, tokens), atol=1e-3)
 
 
 def test_the_log_odds_under_steering(engine: Remembering, tokens: tuple[int, ...]) -> None:
     defense = fitted(engine, anchor_set(), "astra", layer=1, alpha=7.0)
     edits = defense.intervene(engine, SEEN, ["", ""])
-    steered = first_token_log_odds(engine.vlm, SEEN, tokens, edits)
-    untouched = first_token_log_odds(engine.vlm, SEEN, tokens)
+    steered = first_token_log_odds(vlm_of(engine), SEEN, tokens, edits)
+    untouched = first_token_log_odds(vlm_of(engine), SEEN, tokens)
     assert not torch.allclose(steered, untouched, atol=1e-3)
-    assert torch.equal(first_token_log_odds(engine.vlm, SEEN, tokens), untouched), "hooks are off"
+    assert torch.equal(first_token_log_odds(vlm_of(engine), SEEN, tokens), untouched), (
+        "hooks are off"
+    )
     zero = fitted(engine, anchor_set(), "astra", layer=1, alpha=0.0)
     edits = zero.intervene(engine, SEEN, ["", ""])
-    assert torch.equal(first_token_log_odds(engine.vlm, SEEN, tokens, edits), untouched)
+    assert torch.equal(first_token_log_odds(vlm_of(engine), SEEN, tokens, edits), untouched)
 
 
 def test_a_contrast_counts(engine: Remembering, tokens: tuple[int, ...]) -> None:
     one = make_defense("coca", {"coca": {"alpha": 1.0, "principle": "Say no."}})
     contrast = one.contrast(engine, SEEN)
     assert contrast is not None
-    odds = first_token_log_odds(engine.vlm, SEEN, tokens, (), contrast)
+    odds = first_token_log_odds(vlm_of(engine), SEEN, tokens, (), contrast)
     second = [request for request in contrast.requests if request is not None]
     assert torch.allclose(odds, plain(engine, second, tokens), atol=1e-3), "weight 1: its own"
 

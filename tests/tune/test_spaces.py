@@ -126,7 +126,7 @@ def test_states_are_read_once_and_are_the_same_bit_for_bit(data: FitData) -> Non
     vlm = wrap_vlm(tiny_model(), tiny_processor(), model_id="tiny")
     passes: list[int] = []
     vlm.model.register_forward_hook(lambda *call: passes.append(1))
-    kept, plain = Remembering(vlm), TransformersEngine(vlm)
+    kept, plain = Remembering(TransformersEngine(vlm)), TransformersEngine(vlm)
     first = kept.states(SEEN, batch_size=2)
     texts, n = kept.text_states(SEEN), len(passes)
     assert first.equal(plain.states(SEEN, batch_size=2))

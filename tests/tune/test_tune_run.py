@@ -26,6 +26,7 @@ from cmrm.tune.results import tuned, write_tuned
 from cmrm.tune.run import Options, Search, Tuner, duration_text, tunable
 from cmrm.tune.schema import read_tuned
 from cmrm.tune.sets import Sets
+from tiny import vlm_of
 from tune.scripted import answer
 from tune.sources import small_sets
 
@@ -290,7 +291,7 @@ def test_the_artifact_holds_the_choice(
     write_tuned(result, search, tmp_path)
     assert read_tuned(tmp_path / "tune.json") == result
     shift = ShiftVectors.load(tmp_path / "shift.safetensors")
-    shift.check(engine.vlm)
+    shift.check(vlm_of(engine))
     chosen = next(row for row in result["trials"] if row["number"] == result["chosen"])
     setting = shift.recommended.to_json()
     assert {key: chosen["settings"][key] for key in setting} == setting

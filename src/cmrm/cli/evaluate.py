@@ -108,6 +108,8 @@ def evaluate(
         typer.Option(help="Prompts a batch; default 16 (demo: 48); halved when memory runs out."),
     ] = None,
     seed: c.SeedOption = 0,
+    engine: c.EngineOption = "transformers",
+    engine_options: c.EngineOptionsOption = None,
     revision: c.RevisionOption = None,
     dtype: c.DtypeOption = "auto",
     device_map: c.DeviceOption = None,
@@ -129,6 +131,7 @@ def evaluate(
     c.need_inspect()
     budget = None if tune_budget is None else grid_budget(tune_budget)
     c.quiet(offline=demo)
+    from cmrm.engines.opening import check_engine, engine_options_of
     from cmrm.errors import InputError
     from cmrm.prompts.columns import parse_columns
     from cmrm.prompts.conditions import FIVE, Condition
@@ -139,6 +142,11 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is at least 1")
     options: dict[str, Any] = {"dtype": c.checked_dtype(dtype), "device_map": device_map}
+    if engine != "transformers":
+        check_engine(engine)
+        options |= {"engine": engine, "engine_options": engine_options_of(engine_options)}
+    elif engine_options is not None:
+        raise InputError("--engine-options go with --engine vllm or a server's address")
     if not demo:
         options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     if batch_size is None:

@@ -13,6 +13,7 @@ import typer
 from cmrm.cli import screen
 
 if TYPE_CHECKING:
+    from cmrm.engines.base import Engine
     from cmrm.model.vlm import VLM
     from cmrm.prompts import Loaded
     from cmrm.steering.setting import Steering
@@ -24,6 +25,17 @@ ModelArgument = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub 
 RevisionOption = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="Where the model answers: transformers, vllm (in this process), or a comma list of "
+        "servers with it (http://HOST:PORT/v1); docs/engines.md."
+    ),
+]
+EngineOptionsOption = Annotated[
+    str | None,
+    typer.Option(help="JSON, or a file of it: options of vllm.LLM, or parallel and timeout."),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -227,6 +239,15 @@ def open_model(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
+
+
+def open_engine(model: str, engine: str, engine_options: str | None, **loading: Any) -> Engine:
+    """The engine that `--engine` names, on MODEL."""
+    checked_dtype(loading.get("dtype", "auto"))
+    quiet(offline=model == DEMO)
+    from cmrm.engines import opening
+
+    return opening.open_engine(model, engine, opening.engine_options_of(engine_options), **loading)
 
 
 def checked_dtype(dtype: str) -> str:

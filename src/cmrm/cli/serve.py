@@ -73,9 +73,11 @@ def serve(
     vLLM answers (OpenAI's protocol). `/health` says whether steering is armed, `/metrics` counts
     steered tokens. It needs an environment with vLLM: tools/vllm_env.sh, docs/engines.md.
     """
+    from cmrm.engines.vllm.checkpoint import readable_by_vllm
     from cmrm.engines.vllm.matching import check_files
     from cmrm.engines.vllm.program import Program
     from cmrm.errors import InputError
+    from cmrm.model.vlm import checkpoint_folder
     from cmrm.shift.artifact import ShiftVectors
 
     options = list(more or ())
@@ -99,7 +101,7 @@ def serve(
         )
     if not dry_run:
         _need_vllm()
-    folder = _served_folder(model)
+    folder = readable_by_vllm(checkpoint_folder(model))
     command, environment = _command(
         folder, name or model, shift, setting, host=host, port=port, api_key=api_key,
         max_images=max_images, domains=image_domains, options=options,
@@ -256,30 +258,6 @@ def _need_vllm() -> None:
             "vLLM would not load the plugin of cmrm, which is not installed in this environment: "
             "pip install cmrm there"
         )
-
-
-def _served_folder(model: str) -> Path:
-    """Folder of the checkpoint under the names that vLLM reads.
-
-    Raises:
-        InputError, ModelError: it is not here, or cannot be read.
-    """
-    from cmrm.engines.vllm.checkpoint import readable_by_vllm
-    from cmrm.errors import ModelError
-
-    if model == c.DEMO:
-        from cmrm.demo.vlm import demo_checkpoint
-
-        return readable_by_vllm(demo_checkpoint())
-    if Path(model).is_dir():
-        return readable_by_vllm(Path(model))
-    from huggingface_hub import snapshot_download
-
-    try:
-        return readable_by_vllm(Path(snapshot_download(model)))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{model} is no folder, and cannot be fetched: {reason}") from None
 
 
 def _command(

@@ -16,7 +16,7 @@ from cmrm.cli.tune import BATCH, DEMO_BATCH, DEMO_TOKENS, LIBRARIES, TOKENS, stu
 
 if TYPE_CHECKING:
     from cmrm.defenses import FitData
-    from cmrm.engines.transformers import TransformersEngine
+    from cmrm.engines.base import Engine
     from cmrm.shift.artifact import ShiftVectors
     from cmrm.sweep.setups import Question
     from cmrm.tune.sets import Dev
@@ -137,6 +137,7 @@ def sweep(
         model, revision=revision, dtype=dtype, device_map=device_map,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    from cmrm.engines.transformers import TransformersEngine
     from cmrm.measure.store import ReplyStore
     from cmrm.report.sweep_page import write_sweep_report
     from cmrm.sweep.run import sweep as run
@@ -144,7 +145,8 @@ def sweep(
     from cmrm.tune.measuring import Bench
     from cmrm.tune.remembering import Remembering
 
-    engine = Remembering(vlm)
+    engine = TransformersEngine(vlm)
+    remembering = Remembering(engine)
     if over == "sets":
         fits = {name: sets.anchors for name, sets in by_name.items() if sets.anchors.harmful}
         devs = {name: sets.dev for name, sets in by_name.items() if sets.dev.samples}
@@ -155,12 +157,12 @@ def sweep(
         artifacts = named_shifts(shifts, engine, other_weights=other_weights)
         check_asked(artifacts, whole, checked=anchors is not None)
         question = _question(
-            over, engine, names, known, read.anchors, whole, points, artifacts, draws, seed
+            over, remembering, names, known, read.anchors, whole, points, artifacts, draws, seed
         )
     from cmrm.files import write_json
 
     with screen.progress(None) as (say, tick):
-        bench = Bench(engine, made, ReplyStore(out / "replies.db"), size, tokens, seed, tick)
+        bench = Bench(remembering, made, ReplyStore(out / "replies.db"), size, tokens, seed, tick)
         result = run(question, bench, whole, out, name=model if demo else None, say=say)
     write_json(out / "sweep.json", result)
     page = write_sweep_report(result, out)
@@ -199,7 +201,7 @@ def _check(
 
 def _question(
     over: str,
-    engine: TransformersEngine,
+    engine: Engine,
     names: Sequence[str],
     settings: Mapping[str, Mapping[str, Any]],
     data: FitData,

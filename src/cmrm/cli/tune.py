@@ -69,6 +69,8 @@ def tune(
         int | None, typer.Option(help="Length limit of a reply; 24 on demo, 48 else.")
     ] = None,
     seed: c.SeedOption = 0,
+    engine: c.EngineOption = "transformers",
+    engine_options: c.EngineOptionsOption = None,
     revision: c.RevisionOption = None,
     dtype: c.DtypeOption = "auto",
     device_map: c.DeviceOption = None,
@@ -102,8 +104,8 @@ def tune(
         anchors, benign_anchors, dev, test, size, demo=demo, needs_fit=needs_fit, columns=columns,
         images=images,        on_error=on_error, partial=partial, seed=seed,
     )  # fmt: skip
-    vlm = c.open_model(
-        model, revision=revision, dtype=dtype, device_map=device_map,
+    opened = c.open_engine(
+        model, engine, engine_options, revision=revision, dtype=dtype, device_map=device_map,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from cmrm.measure.store import ReplyStore
@@ -114,7 +116,7 @@ def tune(
 
     with screen.progress(None) as (say, tick):
         bench = Bench(
-            Remembering(vlm), made, ReplyStore(out / "replies.db"), size, tokens, seed, tick
+            Remembering(opened), made, ReplyStore(out / "replies.db"), size, tokens, seed, tick
         )
         search = Tuner(bench, sets, options, out, say).run()
         result = tuned(search, bench, sets, options, model if demo else None)

@@ -28,6 +28,7 @@ from cmrm.defenses.jrs_rem import JrsRem
 from cmrm.defenses.null_space import NullSpace
 from cmrm.defenses.refusal_direction import RefusalDirection
 from cmrm.defenses.safety_prompt import SafetyPrompt
+from cmrm.defenses.served import Served
 from cmrm.defenses.shiftdc import ShiftDC
 from cmrm.errors import InputError
 
@@ -85,6 +86,7 @@ for _kind in (
     JrsRem,
     AlphaSteer,
     Cast,
+    Served,
 ):
     register(_kind)
 
@@ -108,8 +110,8 @@ def _all_kinds() -> dict[str, type[Defense]]:
 
 
 def defense_names() -> dict[str, str]:
-    """Known defences: name -> source."""
-    return {name: kind.source for name, kind in _all_kinds().items()}
+    """Known defences that can be made on a model in this process: name -> source."""
+    return {name: kind.source for name, kind in _all_kinds().items() if kind.local}
 
 
 def make_defense(name: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Defense:

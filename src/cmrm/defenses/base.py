@@ -69,6 +69,8 @@ class Defense:
     """Paper."""
     needs_fit: ClassVar[bool] = False
     """Whether `fit` has to be run, or its outcome loaded, before anything is asked."""
+    local: ClassVar[bool] = True
+    """Whether it belongs to `--defenses all`; a server's own steering does not."""
     fits_on_images: ClassVar[bool] = False
     """Whether `fit` reads the images of `FitData.shifted`."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -328,7 +328,7 @@ def measure(
     return checked({
         **results_of(cells, seed=budget.seed),
         "kind": "demo",
-        "model": model_info(bench.engine.vlm, DEMO),
+        "model": model_info(bench.engine, DEMO),
         "sets": [loaded.to_json() for loaded in sets],
         "settings": {
             "budget": asdict(budget),

@@ -114,6 +114,31 @@ class Engine(ABC):
         """Everything but the request that a reply depends on: model identity, dtype, versions,
         decoding defaults."""
 
+    @property
+    def served_program(self) -> str | None:
+        """Key of the program with which a server steers by itself; None for every other engine."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model, in the form of `measure.schema.ModelInfo`."""
+        return {"id": self.model_id, "architecture": "unknown", "dtype": "unknown"}
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text without special ones.
+
+        Raises:
+            EngineError: this engine has no tokenizer.
+        """
+        raise EngineError(f"the engine {self.name!r} has no tokenizer")
+
+    def check_interventions(self, interventions: Sequence[Intervention]) -> None:
+        """Refuse what this engine cannot do, before anything is asked.
+
+        Raises:
+            EngineError: it cannot do one of them; the reason and the remedy are named.
+        """
+        return
+
     @abstractmethod
     def answer(
         self,
@@ -173,6 +198,30 @@ class Engine(ABC):
         raise EngineError(
             f"the engine {self.name!r} cannot tell whether an artifact fits its model"
         )
+
+    def first_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of the tokens that the texts begin with; see `engines.first_token`.
+
+        Raises:
+            EngineError: this engine has no tokenizer.
+        """
+        raise EngineError(f"the engine {self.name!r} has no tokenizer")
+
+    def first_token_log_odds(
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[int],
+        interventions: Sequence[Intervention] = (),
+        contrast: Contrast | None = None,
+    ) -> torch.Tensor:
+        """Log-odds float32 [N] that the first token of each reply is one of `tokens`.
+
+        The requests are one batch, all with an image or all without.
+
+        Raises:
+            InputError, SteeringError: as `answer`. EngineError: this engine gives no probabilities.
+        """
+        raise EngineError(f"the engine {self.name!r} gives no probabilities")
 
     def artifact(
         self,

@@ -18,12 +18,11 @@ from cmrm.steering.hooks import intervene
 from cmrm.steering.intervention import Intervention
 
 
-def first_tokens(vlm: VLM, texts: Sequence[str]) -> tuple[int, ...]:
+def first_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
     """Ids of the tokens that the texts begin with, ascending; unknown ones are left out.
 
     Each text counts as it is and behind a space, since some tokenizers begin a reply with one.
     """
-    tokenizer = vlm.tokenizer
     unknown = getattr(tokenizer, "unk_token_id", None)
     tokens = set()
     for text in (*texts, *(f" {text}" for text in texts)):

@@ -13,6 +13,7 @@ import torch
 
 from cmrm.engines.base import Contrast, Decoding, Engine, Reply
 from cmrm.engines.contrast import Contrasted
+from cmrm.engines.first_token import first_token_log_odds, first_tokens
 from cmrm.errors import InputError
 from cmrm.model.batching import in_batches
 from cmrm.model.encode import encode
@@ -74,6 +75,24 @@ class TransformersEngine(Engine):
             "generation": {name: str(value) for name, value in sorted(settings.items())},
             "versions": library_versions(),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model; see `Engine.facts`."""
+        vlm = self.vlm
+        return {
+            "id": vlm.model_id,
+            "revision": vlm.revision,
+            "architecture": type(vlm.model).__name__,
+            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "layers": vlm.n_layers,
+            "hidden_size": vlm.hidden_size,
+            "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
+            "identity": identity_of(vlm).key,
+        }
+
+    def count_tokens(self, text: str) -> int:
+        """By the model's own tokenizer."""
+        return len(self.vlm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(
         self,
@@ -201,6 +220,20 @@ class TransformersEngine(Engine):
     def accept(self, artifact: Artifact | ShiftVectors) -> None:
         """Refuse an artifact of another model; see `shift.artifact.Artifact.check`."""
         artifact.check(self.vlm)
+
+    def first_tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of the tokens that the texts begin with; see `engines.first_token`."""
+        return first_tokens(self.vlm.tokenizer, texts)
+
+    def first_token_log_odds(
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[int],
+        interventions: Sequence[Intervention] = (),
+        contrast: Contrast | None = None,
+    ) -> torch.Tensor:
+        """Log-odds float32 [N]; see `Engine.first_token_log_odds`."""
+        return first_token_log_odds(self.vlm, requests, tokens, interventions, contrast)
 
     def artifact(
         self,

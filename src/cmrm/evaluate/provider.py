@@ -36,33 +36,32 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from cmrm.engines.base import Decoding, Reply
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Decoding, Engine, Reply
+from cmrm.engines.opening import open_engine
 from cmrm.errors import InputError
 from cmrm.evaluate.batcher import Batcher, Job, Place
 from cmrm.evaluate.conversation import decoding_of, request_of
 from cmrm.evaluate.defended import built_defense, settings_of
 from cmrm.measure.loop import Answering, Ask
 from cmrm.measure.store import ReplyStore
-from cmrm.model.vlm import load_vlm
 
 PLACE = "cmrm_place"
 """Key in a user message's metadata: the fields of `Place`, and `key`, the request's seed."""
 
-_ENGINES: dict[str, TransformersEngine] = {}
+_ENGINES: dict[str, Engine] = {}
 """Engines of this process by model and options: Inspect builds a provider for every task."""
 _LOADING = threading.Lock()
 
 
-def shared_engine(model: str, **options: Any) -> TransformersEngine:
+def shared_engine(model: str, **options: Any) -> Engine:
     """The engine on `model` (folder, hub id or `demo`), loaded once in this process.
 
-    `options` are those of `load_vlm`.
+    `options` are those of `open_engine`.
     """
     key = json.dumps([model, options], sort_keys=True, default=str)
     with _LOADING:
         if key not in _ENGINES:
-            _ENGINES[key] = TransformersEngine(load_vlm(model, **options))
+            _ENGINES[key] = open_engine(model, **options)
         return _ENGINES[key]
 
 
@@ -100,7 +99,8 @@ class CmrmAPI(ModelAPI):
             alpha: strength of cmrm's own defences, in place of the setting's.
             store: file that keeps replies.
             batch_size: requests a batch.
-            options: `dtype`, `device_map`, `revision`, `trust_remote_code` of `load_vlm`.
+            options: of `open_engine`: `engine`, `engine_options`, `dtype`, `device_map`,
+                `revision`, `trust_remote_code`.
 
         Raises:
             InputError: an argument cannot be used, or a defence is not fitted.
@@ -166,8 +166,7 @@ class CmrmAPI(ModelAPI):
 
     async def count_text_tokens(self, text: str) -> int:
         """By the model's own tokenizer; Inspect's default fetches one of OpenAI's."""
-        tokens = self.engine.vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return len(tokens)
+        return self.engine.count_tokens(text)
 
     def max_connections(self) -> int:
         """Requests at a time: enough to fill the next batches while one runs."""

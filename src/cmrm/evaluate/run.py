@@ -12,7 +12,8 @@ from typing import Any
 from inspect_ai import Task, eval_set
 from inspect_ai.model import Model, get_model
 
-from cmrm.engines.base import Decoding
+from cmrm.defenses.served import Served
+from cmrm.engines.base import Decoding, Engine, EngineError
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.defended import built_defense
@@ -27,17 +28,19 @@ from cmrm.evaluate.scorers import judge_named
 from cmrm.evaluate.tasks import set_task
 from cmrm.files import write_json
 from cmrm.measure.cost import cost_of
+from cmrm.measure.environment import model_info
 from cmrm.measure.fluency import FluencyStore
 from cmrm.measure.outcomes import Cell
 from cmrm.measure.schema import checked
 from cmrm.measure.table import RATING
-from cmrm.model.identity import identity_of, public_name
+from cmrm.model.identity import public_name
 from cmrm.model.vlm import REGISTERED
 from cmrm.prompts import Loaded
 from cmrm.prompts.conditions import Condition, build_request
 from cmrm.shift.artifact import library_versions
 
 Say = Callable[[str], None]
+SERVED = Served.name
 COST_SAMPLES = 16
 """Requests on which a defence's own cost is measured, after a warm-up of two."""
 
@@ -87,7 +90,8 @@ def evaluate(
     cells = read_cells(folder.logs)
     settings = {name: plan.defense(name).settings for name in plan.all_defenses}
     results = {
-        "kind": "evaluation", "model": _model(plan, engine), "seed": plan.seed,
+        "kind": "evaluation", "model": model_info(engine, public_name(plan.model)),
+        "seed": plan.seed,
         "sets": [loaded.to_json() for loaded in plan.sets], "versions": library_versions(),
         "settings": {
             "defenses": settings, "origins": plan.origins(), "judges": list(plan.judges),
@@ -112,13 +116,60 @@ def evaluate(
     return written(cost=costs)
 
 
-def _prepare(plan: Plan, engine: TransformersEngine, folder: Folder, *, say: Say) -> None:
+def _prepare(plan: Plan, engine: Engine, folder: Folder, *, say: Say) -> None:
     """Find everything that would stop the run before anything is generated."""
     for part in plan.parts():
         part.check(engine)
     for name in (*plan.judges, *([plan.rater] if plan.rater else [])):
         judge_named(name)
+    _check_served(plan, engine)
     fit_defenses(plan, engine, folder.fitted, say=say)
+    _check_expressed(plan, engine, folder)
+
+
+def _check_served(plan: Plan, engine: Engine) -> None:
+    """A server that steers by itself is untouched for text alone.
+
+    Raises:
+        InputError: a cell would be called untouched, or another defence's, and is not.
+    """
+    if engine.served_program is None:
+        return
+    steered = [
+        name for name, _, condition in plan.cells()
+        if SERVED not in name.split("+") and condition.has_image
+    ]  # fmt: skip
+    if steered:
+        raise InputError(
+            f"the server steers every request that carries an image, so that {steered[0]!r} cannot "
+            "be measured there with one: name --defenses served --conditions query"
+        )
+
+
+def _check_expressed(plan: Plan, engine: Engine, folder: Folder) -> None:
+    """Refuse defences that the engine cannot make, by name: each is tried on one request.
+
+    Raises:
+        EngineError: it cannot make one.
+    """
+    if isinstance(engine, TransformersEngine):
+        return
+    with_image = (s for loaded in plan.sets for s in loaded.samples if s.image is not None)
+    sample = next(with_image, None)
+    if sample is None:
+        return
+    request = build_request(sample, Condition.ORIGINAL)
+    for name in plan.all_defenses:
+        defense = built_defense(engine, name, plan.effective_settings, fitted=folder.fitted)
+        try:
+            asked = defense.rewrite(engine, [request])
+            engine.check_interventions(defense.intervene(engine, asked, [sample.id]))
+            if defense.contrast(engine, asked) is not None and not engine.contrasts:
+                raise EngineError("it decodes no second conversation")
+        except EngineError as error:
+            raise EngineError(
+                f"{name} cannot be made on the engine {engine.name}: {error}"
+            ) from None
 
 
 def _ask(
@@ -186,9 +237,12 @@ def _ask_new_judges(plan: Plan, out: Path, *, say: Say) -> None:
 
 
 def _fluency(
-    plan: Plan, engine: TransformersEngine, folder: Folder, cells: list[Cell], *, say: Say
+    plan: Plan, engine: Engine, folder: Folder, cells: list[Cell], *, say: Say
 ) -> list[str]:
     """Measure what `cells` lack in perplexities; why it could not be done."""
+    if not isinstance(engine, TransformersEngine):
+        say(f"no perplexity: the engine {engine.name} gives none")
+        return []
     say("fluency")
     try:
         store = FluencyStore(folder.fluency)
@@ -199,7 +253,7 @@ def _fluency(
 
 
 def _costs(
-    plan: Plan, engine: TransformersEngine, folder: Folder, *, say: Say
+    plan: Plan, engine: Engine, folder: Folder, *, say: Say
 ) -> tuple[dict[str, dict[str, float | None]], list[str]]:
     """What each defence costs a request, measured on a few harmful ones; why it could not be."""
     samples = [
@@ -209,6 +263,9 @@ def _costs(
     requests = [build_request(s, Condition.ORIGINAL) for s in samples[: COST_SAMPLES + 2]]
     costs: dict[str, dict[str, float | None]] = {}
     failures: list[str] = []
+    if not isinstance(engine, TransformersEngine):
+        say(f"no costs: passes of the engine {engine.name} are not counted")
+        return costs, failures
     for name in plan.all_defenses if requests else ():
         say(f"cost of {name}")
         try:
@@ -224,18 +281,6 @@ def _costs(
 
 def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _model(plan: Plan, engine: TransformersEngine) -> dict[str, Any]:
-    """The model, for the results."""
-    vlm = engine.vlm
-    return {
-        "id": public_name(plan.model), "revision": vlm.revision,
-        "architecture": type(vlm.model).__name__, "dtype": str(vlm.model.dtype),
-        "layers": vlm.n_layers, "hidden_size": vlm.hidden_size,
-        "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
-        "identity": identity_of(vlm).key,
-    }  # fmt: skip
 
 
 @contextmanager

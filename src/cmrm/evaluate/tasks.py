@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -12,7 +10,6 @@ from inspect_ai.dataset import MemoryDataset
 from inspect_ai.dataset import Sample as InspectSample
 from inspect_ai.model import ChatMessageUser, Content, ContentImage, ContentText, GenerateConfig
 from inspect_ai.solver import generate
-from PIL import Image
 
 from cmrm.evaluate.batcher import Place
 from cmrm.evaluate.provider import PLACE
@@ -21,6 +18,7 @@ from cmrm.measure.loop import ask_batches, batch_id, ordered
 from cmrm.measure.outcomes import kind_of
 from cmrm.prompts import Loaded
 from cmrm.prompts.conditions import Condition, Request
+from cmrm.prompts.images import data_uri
 from cmrm.prompts.sample import Sample
 
 
@@ -96,10 +94,3 @@ def content_of(request: Request) -> list[Content]:
     images: list[Content] = [ContentImage(image=data_uri(image)) for image in request.images]
     text: list[Content] = [ContentText(text=request.text)]
     return text + images if request.image_last else images + text
-
-
-def data_uri(image: Image.Image) -> str:
-    """As PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

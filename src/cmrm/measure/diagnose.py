@@ -151,7 +151,7 @@ def diagnose(
     return checked({
         **results_of(cells, seed=seed),
         "kind": "diagnosis",
-        "model": model_info(engine.vlm, name),
+        "model": model_info(engine, name),
         "sets": [_data(loaded)],
         "settings": settings,
         "seed": seed,

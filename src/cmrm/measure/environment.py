@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
-from cmrm.model.identity import identity_of, public_name
-from cmrm.model.vlm import VLM
+from cmrm.engines.base import Engine
+from cmrm.model.identity import public_name
 from cmrm.shift.artifact import ShiftVectors, library_versions
 
 
-def model_info(vlm: VLM, name: str | None = None) -> dict[str, Any]:
+def model_info(engine: Engine, name: str | None = None) -> dict[str, Any]:
     """The model, in the form of `measure.schema.ModelInfo`; `name` instead of its id or folder."""
-    return {
-        "id": name or public_name(vlm.model_id),
-        "revision": vlm.revision,
-        "architecture": type(vlm.model).__name__,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "layers": vlm.n_layers,
-        "hidden_size": vlm.hidden_size,
-        "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
-        "identity": identity_of(vlm).key,
-    }
+    return {**engine.facts(), "id": name or public_name(engine.model_id)}
 
 
 def shift_info(shift: ShiftVectors) -> dict[str, Any]:

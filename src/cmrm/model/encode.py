@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,14 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
     """
     if not requests:
         raise InputError("no prompts were given")
-    texts = [_rendered(vlm, request) for request in requests]
+    texts = [rendered(vlm.processor, vlm.placeholders, request) for request in requests]
     images = [list(request.all_images) for request in requests]
     tokenizer = vlm.tokenizer
-    bos = tokenizer.bos_token
     options: dict[str, Any] = {
         "padding": True,
         "padding_side": "left",
         "return_tensors": "pt",
-        "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        "add_special_tokens": adds_special_tokens(tokenizer, texts[0]),
     }
     text_alone = not any(images)
     with vlm.lock:  # a tokenizer pads for one caller at a time
@@ -66,26 +65,35 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
     }
 
 
-def _rendered(vlm: VLM, request: Request) -> str:
-    """The conversation as the chat template writes it."""
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether a rendered conversation lacks the tokenizer's special tokens."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def rendered(processor: Any, placeholders: Collection[str], request: Request) -> str:
+    """The conversation as the processor's chat template writes it, with the generation prompt.
+
+    Raises:
+        InputError: a text holds one of `placeholders`, or the template refuses the conversation.
+    """
     for text in (*(turn.text for turn in request.before), request.text):
-        _refuse_placeholders(vlm, request, text)
+        _refuse_placeholders(placeholders, request, text)
     turns = [_turn(turn.role, turn.text, len(turn.images)) for turn in request.before]
     turns.append(_turn("user", request.text, len(request.images), image_last=request.image_last))
     try:
-        rendered = vlm.processor.apply_chat_template(
+        conversation = processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False
         )
     except (TemplateError, TypeError) as error:
         raise InputError(
             f"{_name(request)}: the chat template refuses the conversation: {error}"
         ) from error
-    return str(rendered)
+    return str(conversation)
 
 
-def _refuse_placeholders(vlm: VLM, request: Request, text: str) -> None:
+def _refuse_placeholders(placeholders: Collection[str], request: Request, text: str) -> None:
     """Refuse a text that the processor would take for an image or a video."""
-    for placeholder in sorted(vlm.placeholders):
+    for placeholder in sorted(placeholders):
         if placeholder in text:
             raise InputError(
                 f"{_name(request)}: its text holds {placeholder!r}, which this model reads as an "

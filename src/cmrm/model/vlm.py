@@ -22,6 +22,9 @@ REGISTERED = {"demo": "cmrm.demo.vlm:load_demo"}
 """Models that have a name of their own: name -> `module:function`, a loader that returns a
 `VLM`."""
 
+CHECKPOINTS = {"demo": "cmrm.demo.vlm:demo_checkpoint"}
+"""The same -> a function that returns the checkpoint's folder."""
+
 _WANTS_PIL = {"MllamaProcessor"}
 """Processors whose torchvision image processing fails on a batch in which a row has no image."""
 
@@ -155,6 +158,26 @@ def _registered(name: str) -> Callable[..., VLM]:
     return loader
 
 
+def checkpoint_folder(model: str, *, revision: str | None = None) -> Path:
+    """Folder with the checkpoint of `model`: a folder, a hub id, or a name in `REGISTERED`.
+
+    Raises:
+        ModelError: it is no folder, and cannot be fetched.
+    """
+    if model in CHECKPOINTS:
+        module, _, function = CHECKPOINTS[model].partition(":")
+        return Path(getattr(import_module(module), function)())
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{model} is no folder, and cannot be fetched: {reason}") from None
+
+
 def wrap_vlm(
     model: Any, processor: Any, *, model_id: str | None = None, revision: str | None = None
 ) -> VLM:
@@ -181,13 +204,7 @@ def wrap_vlm(
             "the processor has no chat template; set `processor.chat_template` to the model's own"
         )
     config = model.config
-    image_token_id = getattr(config, "image_token_id", None)
-    if image_token_id is None:
-        image_token_id = getattr(config, "image_token_index", None)
-    if image_token_id is None:
-        raise ModelError(
-            f"{type(config).__name__} names no image_token_id; this is not a VLM's config"
-        )
+    image_token_id = image_token_of(config)
     check_eval(model)
     layers, hidden_size = find_decoder_layers(model)
     return VLM(
@@ -195,12 +212,25 @@ def wrap_vlm(
         processor=processor,
         layers=layers,
         hidden_size=hidden_size,
-        image_token_id=int(image_token_id),
+        image_token_id=image_token_id,
         model_id=model_id or getattr(config, "_name_or_path", "") or type(model).__name__,
         revision=revision or getattr(config, "_commit_hash", None),
         skippable=frozenset(k for k, block in enumerate(layers) if hasattr(block, "cross_attn")),
-        placeholders=_placeholders(processor, int(image_token_id)),
+        placeholders=placeholders_of(processor, image_token_id),
     )
+
+
+def image_token_of(config: Any) -> int:
+    """Id of the token whose positions carry the image, by the model's config.
+
+    Raises:
+        ModelError: it names none.
+    """
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if token is not None:
+            return int(token)
+    raise ModelError(f"{type(config).__name__} names no image_token_id; this is not a VLM's config")
 
 
 def unwrapped(model: Any) -> Any:
@@ -255,7 +285,7 @@ def _acts_in_training(module: nn.Module, name: str) -> bool:
     )
 
 
-def _placeholders(processor: Any, image_token_id: int) -> frozenset[str]:
+def placeholders_of(processor: Any, image_token_id: int) -> frozenset[str]:
     """Texts of the processor's image and video tokens, with the marks around them."""
     tokenizer = processor.tokenizer
     texts = {tokenizer.convert_ids_to_tokens(image_token_id)}

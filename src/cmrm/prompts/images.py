@@ -309,3 +309,10 @@ def _eight_bit(values: np.ndarray[Any, Any], owner: str, name: str) -> np.ndarra
     elif high > 255.0 or values.dtype.newbyteorder("=") == np.uint16:
         wide /= 257
     return np.rint(wide).astype(np.uint8)
+
+
+def data_uri(image: Image.Image) -> str:
+    """A `data:` URI with the image as PNG, which loses nothing."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

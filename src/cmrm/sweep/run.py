@@ -67,7 +67,7 @@ def sweep(
         "benign anchors": max((len(data.benign) for data in fits), default=0),
     }  # fmt: skip
     return checked({
-        "model": model_info(bench.engine.vlm, name),
+        "model": model_info(bench.engine, name),
         "over": question.over, "x": question.axes.x, "y": question.axes.y,
         "defenses": list(dict.fromkeys(setup.series for setup in question.setups)),
         "judges": list(bench.judges), "samples": counts, "references": references,

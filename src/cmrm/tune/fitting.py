@@ -11,7 +11,7 @@ from typing import Any
 
 from cmrm.defenses import Defense, FitData
 from cmrm.defenses.cmrm import CmrmDataset
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Engine
 from cmrm.errors import CmrmError
 from cmrm.shift.artifact import ShiftVectors
 
@@ -25,7 +25,7 @@ class Fitter:
 
     def __init__(
         self,
-        engine: TransformersEngine,
+        engine: Engine,
         data: FitData,
         folder: Path,
         default: Defense,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmrm.defenses import Defense, base_name, make_defense
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Engine
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate.plan import Plan
 from cmrm.judges import make_judge
@@ -46,7 +46,7 @@ def tunable_names(plan: Plan) -> tuple[str, ...]:
 
 def tuned_plan(
     plan: Plan,
-    engine: TransformersEngine,
+    engine: Engine,
     sets: Sets,
     budget: Budget,
     out: Path,
@@ -80,7 +80,7 @@ def tuned_plan(
     check_tunable(plan, names)
     sets.check([loaded.samples for loaded in plan.sets])
     bench = Bench(
-        Remembering(engine.vlm), {name: make_judge(name) for name in plan.judges},
+        Remembering(engine), {name: make_judge(name) for name in plan.judges},
         ReplyStore(out / "replies.db"), plan.batch_size, max_new_tokens or plan.max_new_tokens,
         plan.seed, tick,
     )  # fmt: skip

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmrm.defenses import Defense
-from cmrm.engines.base import Decoding
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Decoding, Engine
 from cmrm.errors import InputError
 from cmrm.judges import Judge
 from cmrm.measure.loop import Answering, measure_cell
@@ -29,7 +28,7 @@ OUTCOMES = ("unsafe", "over_refusal", "accuracy")
 class Bench:
     """Engine, judges and store of one study."""
 
-    engine: TransformersEngine
+    engine: Engine
     """Where the model answers."""
     judges: Mapping[str, Judge]
     """By name; the first one's rates are the objectives."""

@@ -17,9 +17,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from cmrm.defenses import Defense
-from cmrm.engines.base import EngineError
-from cmrm.engines.first_token import first_token_log_odds, first_tokens
-from cmrm.engines.transformers import TransformersEngine
+from cmrm.engines.base import Engine, EngineError
 from cmrm.errors import InputError
 from cmrm.measure.loop import ask_batches, ordered
 from cmrm.prompts.conditions import Condition, Request
@@ -54,10 +52,10 @@ class Odds:
 class Proxy:
     """The proxy of one study: a model, its refusal tokens and some dev samples."""
 
-    def __init__(self, engine: TransformersEngine, dev: Dev, *, batch_size: int, seed: int) -> None:
+    def __init__(self, engine: Engine, dev: Dev, *, batch_size: int, seed: int) -> None:
         """Raises `InputError` where the vocabulary has no token that refusals begin with."""
         self.engine = engine
-        self.tokens = first_tokens(engine.vlm, STARTS)
+        self.tokens = engine.first_tokens(STARTS)
         if not self.tokens:
             raise InputError("this model's vocabulary has no token that refusals begin with")
         self.samples = tuple(drawn_by_hash(part, SAMPLES) for part in (dev.harmful, dev.benign))
@@ -100,8 +98,7 @@ class Proxy:
             rows = [k for k, one in enumerate(asked) if bool(one.all_images) is with_image]
             if rows:
                 steered = [part.select(rows) for part in interventions] if with_image else []
-                values += first_token_log_odds(
-                    engine.vlm,
+                values += engine.first_token_log_odds(
                     [asked[k] for k in rows],
                     self.tokens,
                     steered,

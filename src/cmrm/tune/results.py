@@ -45,7 +45,7 @@ def tuned(
         "questions": len(sets.dev.questions),
     }  # fmt: skip
     return checked({
-        "model": model_info(bench.engine.vlm, name),
+        "model": model_info(bench.engine, name),
         "defense": options.defense,
         "judges": list(bench.judges),
         "objectives": [f"{figure} by {judge}" for figure in OUTCOMES[:2]]

@@ -51,14 +51,18 @@ class _Armed:
 
     program: Program
     identity: Identity | None
-    """Of the model that the artifact was estimated on."""
+    """Of the model that the artifact was estimated on; not looked at where the program `changes`:
+    the engine compares files then."""
+    changes: bool = False
+    """Whether programs come and go while vLLM runs (`engines.vllm.engine`), eager alone."""
 
 
 _state: dict[str, _Armed] = {}
 
 
 def arm_vllm() -> None:
-    """Patch vLLM's runners in this process, once.
+    """Patch vLLM's runners in this process, once: with the artifact in `CMRM_SHIFT`, or without a
+    program, for one that comes later, where there is none.
 
     Raises:
         InputError: the version is not tested, or the setting cannot be used.
@@ -66,17 +70,21 @@ def arm_vllm() -> None:
     """
     if _state:
         return
-    program, shift = program_of(os.environ)
+    if os.environ.get("CMRM_SHIFT"):
+        program, shift = program_of(os.environ)
+        armed = _Armed(program, shift.identity)
+    else:
+        armed = _Armed(Program("last", {}), None, changes=True)
     check_version()
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    _state["armed"] = _Armed(program, shift.identity)
+    _state["armed"] = armed
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _salt_compilations(VllmConfig, program.key)
-    _salt_requests(Request, program.key)
+    _salt_compilations(VllmConfig, armed.program.key)
+    _salt_requests(Request, armed.program.key)
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
@@ -93,6 +101,9 @@ def arm_vllm() -> None:
         if "compile_or_warm_up_model" in vars(worker):
             _wrap(worker, "compile_or_warm_up_model", _after_warm_up)
     Worker.cmrm_status = status
+    if armed.changes:
+        Worker.cmrm_arm = arm_again
+        Worker.cmrm_take = take
     for name in ("reload_weights", "update_weights"):
         if hasattr(Worker, name):
             _wrap(Worker, name, _not_while_armed)
@@ -116,6 +127,12 @@ def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
             raise InputError("CMRM_STEERING is no JSON object of settings")
         steering = Steering.from_json(values)
     return Program.of(shift, steering), shift
+
+
+def is_armed_with_artifact() -> bool:
+    """Whether this process arms every vLLM with the artifact in `CMRM_SHIFT`."""
+    armed = _state.get("armed")
+    return bool(os.environ.get("CMRM_SHIFT")) or (armed is not None and not armed.changes)
 
 
 def check_version() -> str:
@@ -216,6 +233,8 @@ def _arm(runner: Any, armed: _Armed) -> None:
         ArtifactError: the artifact is another model's.
     """
     _check_features(runner)
+    if armed.changes and not runner.model_config.enforce_eager:
+        raise ModelError("cmrm: programs that change need vLLM eager; set enforce_eager")
     program, config = armed.program, runner.model_config.hf_text_config
     program.check(config.num_hidden_layers, config.hidden_size)
     board = Board(
@@ -223,7 +242,8 @@ def _arm(runner: Any, armed: _Armed) -> None:
         runner.device, gated=program.gate is not None,
     )  # fmt: skip
     layers = _layers(runner, config.num_hidden_layers)
-    check_loaded(layers, armed.identity)
+    if not armed.changes:
+        check_loaded(layers, armed.identity)
     for number in program.layers:
         layer = layers[number]
         _patch(type(layer))
@@ -325,6 +345,27 @@ def status(worker: Any) -> dict[str, Any]:
         "layers": len(armed.program.layers), "gated": armed.program.gate is not None,
         **state.counts,
     }  # fmt: skip
+
+
+def arm_again(worker: Any, program: bytes) -> str:
+    """Arm a worker with another program (`Program.to_bytes`), and show that it works; its key.
+
+    Raises:
+        ModelError, InputError: it does not, or the model cannot be armed with it.
+    """
+    runner, armed = worker.model_runner, _state["armed"]
+    for layer in runner.cmrm_layers.values():
+        del layer.cmrm_step, layer.cmrm_board
+    armed.program = Program.from_bytes(program)
+    _arm(runner, armed)
+    _self_test(runner)
+    return armed.program.key
+
+
+def take(worker: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    """Outcomes and records of the requests so far; see `stepping.State`."""
+    state = state_of(worker.model_runner)
+    return state.taken_outcomes(), state.taken_records()
 
 
 def _sum(layer: Any) -> float:

@@ -76,6 +76,10 @@ class Board:
         """float32 [T, layers of fill]: coordinates that states are raised to."""
         self.seen = torch.zeros(tokens, max(1, fills), device=device)
         """float32 [T, layers of fill]: coordinates of the last step's states, before fill."""
+        self.places = torch.zeros(0, dtype=torch.long, device=device)
+        """int64 [P]: tokens of this step whose states are kept."""
+        self.kept: dict[int, torch.Tensor] = {}
+        """Layer -> float32 [P, d]: states of the last step at `places`."""
         self.slots = slots
         self._used = tokens
 
@@ -97,6 +101,7 @@ class Board:
     def _clear(self, used: int) -> None:
         """Clear what the last step used; `used`: tokens of the coming one."""
         n, self._used = max(used, self._used), used
+        self.places = self.places[:0]
         self.mask[:n].zero_()
         if self.gated:
             self.score[:n].zero_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,21 @@ def readable_by_vllm(folder: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write a copy for vLLM to {target}: {error}") from None
     return target
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of every stored tensor, without its values.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  a handle is no mapping
+                    yield name, list(stored.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the checkpoint in {folder} cannot be read: {error}") from None
 
 
 def _has_clip_tower(folder: Path) -> bool:

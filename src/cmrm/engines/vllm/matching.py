@@ -43,10 +43,11 @@ def check_files(folder: Path, identity: Identity | None) -> None:
     Raises:
         ArtifactError: they differ, or nothing can be compared.
     """
-    _compare(_stored(folder), identity, _PROJECTION)
+    _compare(stored_projections(folder), identity, _PROJECTION)
 
 
-def _stored(folder: Path) -> Iterator[tuple[Place, torch.Tensor]]:
+def stored_projections(folder: Path) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Two projections of every decoder layer of a checkpoint, by their place."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  a handle is no mapping

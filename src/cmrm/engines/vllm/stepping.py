@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from cmrm.engines.vllm.board import Board, Row
+from cmrm.engines.vllm.board import Board, Row, steered_tokens
 from cmrm.engines.vllm.program import Program
 from cmrm.errors import ModelError
 
 MOST_RECORDS = 10_000
 """Recorded coordinates that wait for their request; the oldest ones go first."""
 REQUEST_KEY = "cmrm"
-"""Of `SamplingParams.extra_args`: `{"record": name}`, `{"target": name}`."""
+"""Of `SamplingParams.extra_args`: `{"record": name}`; `{"target": name}` of what was recorded, or
+`{"target": [coordinates]}`; `{"name": name}` of a request whose outcome will be asked for."""
 
 
 class State:
@@ -31,13 +32,19 @@ class State:
         self.decided: set[str] = set()
         """Requests about which the gate has decided."""
         self.records: dict[str, torch.Tensor] = {}
-        """Name -> recorded coordinates of a text; they stay on the device."""
+        """Name -> what was recorded of a text: coordinates, or states where the program `reads`;
+        they stay on the device."""
         self.targets: dict[str, torch.Tensor] = {}
         """Request -> the coordinates that it is raised to."""
         self.pending: list[tuple[str, int]] = []
         """(name, token) of the last pass whose coordinates are to be recorded."""
         self.counts = {"steps": 0, "tokens": 0, "masked": 0}
         """Passes, tokens, and tokens at steered positions of image requests."""
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        """Name -> `{"steered": tokens at steered positions, "open": the gate's decision or None}`
+        of the requests that have a name."""
+        self.deciding: list[tuple[str, int]] = []
+        """(name, slot) of the last pass's requests about which the gate decided."""
         self.testing = False
         """Whether the pass that comes is one of the self-test."""
 
@@ -69,25 +76,61 @@ class State:
                     f"cmrm: nothing is known of the request {request}; no answer is given"
                 )
             row = self._row(request, state, scheduled[request])
-            if self.program.fills and row.decides:
+            if (self.program.fills or self.program.reads) and row.decides:
                 self._await_record(state, start + row.prompt - 1 - row.first)
+            self._remember(state, row)
             rows.append(row)
             targets.append(self._target(request, state, row))
             start += row.count
         masked = self.board.fill_in(
             rows, self.program.positions, targets if self.program.fills else ()
         )
+        if self.program.reads:
+            self.board.places = torch.tensor(
+                [token for _, token in self.pending],
+                dtype=torch.long,
+                device=self.board.mask.device,
+            )
         self.counts["steps"] += 1
         self.counts["tokens"] += start
         self.counts["masked"] += masked
 
     def keep_records(self) -> None:
-        """Keep the coordinates of the last pass that were asked for."""
-        for name, token in self.pending:
+        """Keep what was asked for of the last pass."""
+        for k, (name, token) in enumerate(self.pending):
             if len(self.records) >= MOST_RECORDS:
                 self.records.pop(next(iter(self.records)))
-            self.records[name] = self.board.seen[token].clone()
+            if self.program.reads:
+                states = [self.board.kept[layer][k] for layer in self.program.reads]
+                self.records[name] = torch.stack(states)
+            else:
+                self.records[name] = self.board.seen[token].clone()
         self.pending = []
+        for name, slot in self.deciding:
+            self.outcomes[name]["open"] = bool(self.board.held[slot] > 0)
+        self.deciding = []
+
+    def _remember(self, state: Any, row: Row) -> None:
+        """Count a request's steered tokens, where it has a name."""
+        name = asked(state).get("name")
+        if not isinstance(name, str):
+            return
+        outcome = self.outcomes.setdefault(name, {"steered": 0, "open": None})
+        outcome["steered"] += int(steered_tokens(row, self.program.positions).sum())
+        if self.board.gated and row.decides and row.image_end is not None:
+            self.deciding.append((name, row.slot))
+
+    def taken_outcomes(self) -> dict[str, dict[str, Any]]:
+        """`outcomes` so far, which are forgotten."""
+        self.keep_records()
+        taken, self.outcomes = self.outcomes, {}
+        return taken
+
+    def taken_records(self) -> dict[str, torch.Tensor]:
+        """`records` so far, float32 on the CPU, which are forgotten."""
+        self.keep_records()
+        taken, self.records = self.records, {}
+        return {name: record.cpu() for name, record in taken.items()}
 
     def _forget(self, known: Mapping[str, Any], ended: set[str]) -> None:
         """Drop what is held for requests that are gone, also where a new one has the same name."""
@@ -130,23 +173,27 @@ class State:
         if not self.program.fills or row.image_end is None or not row.decides:
             return None
         if request not in self.targets:
-            name = asked(state).get("target")
-            if name is None or name not in self.records:
+            target = asked(state).get("target")
+            if isinstance(target, list) and len(target) == len(self.program.fills):
+                device = self.board.mask.device
+                self.targets[request] = torch.tensor(target, dtype=torch.float32, device=device)
+            elif isinstance(target, str) and target in self.records:
+                self.targets[request] = self.records[target]
+            else:
                 raise ModelError(
                     f"cmrm: fill has no coordinates of the text of the request {request}; no "
                     "answer is given"
                 )
-            self.targets[request] = self.records[name]
         return self.targets[request]
 
     def _await_record(self, state: Any, token: int) -> None:
         """Keep the coordinates of a token of the coming pass, where its request asks for it."""
         name = asked(state).get("record")
-        if name is not None:
+        if isinstance(name, str):
             self.pending.append((name, token))
 
 
-def asked(state: Any) -> Mapping[str, str]:
+def asked(state: Any) -> Mapping[str, Any]:
     """What the engine says of a request in `SamplingParams.extra_args`."""
     extra = getattr(state.sampling_params, "extra_args", None) or {}
     values = extra.get(REQUEST_KEY)
