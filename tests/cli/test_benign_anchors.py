@@ -135,16 +135,13 @@ def test_the_bar_counts_every_prompt_of_every_part(
         def __exit__(self, *error: object) -> None:
             return None
 
-        def add_task(self, name: str, total: int | None) -> int:
-            return 0
+        def begin(self, step: str, total: int | None) -> None:
+            parts.append([step, total, 0])
 
-        def reset(self, task: int, *, total: int | None, description: str) -> None:
-            parts.append([description, total, 0])
-
-        def advance(self, task: int, n: int) -> None:
+        def advance(self, n: int) -> None:
             parts[-1][2] += n
 
-    monkeypatch.setattr(screen, "progress_bar", lambda console: Bar())
+    monkeypatch.setattr(screen, "reporter", Bar)
     output(*command, "--questions", both_kinds[0])
     assert [name for name, _, _ in parts] == [
         "states of anchors", "states of benign anchors", "states of image questions",

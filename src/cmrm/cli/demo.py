@@ -40,21 +40,14 @@ def demo(
 
     prepare_out(out)
     c.quiet(offline=True)
-    from rich.console import Console
-
     from cmrm.demo.loop import run_demo
     from cmrm.demo.settings import FULL, QUICK
     from cmrm.report.balance import balance_table
     from cmrm.report.headline import headline_table
 
-    with screen.progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
+    with screen.reporter() as shown:
         results = run_demo(
-            out,
-            FULL if full else QUICK,
-            say=lambda text: bar.update(task, description=text),
-            tick=lambda n: bar.advance(task, n),
-            start=lambda total: bar.update(task, total=total),
+            out, FULL if full else QUICK, say=shown.name, tick=shown.advance, start=shown.size
         )
     size = results["settings"]["budget"]["name"]
     screen.print_rows(f"cmrm demo, {size} run, 95 % intervals", *headline_table(results))

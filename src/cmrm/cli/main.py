@@ -21,6 +21,7 @@ from cmrm.cli.generate import generate
 from cmrm.cli.inspect import inspect
 from cmrm.cli.judge import judge
 from cmrm.cli.judges import app as judges_app
+from cmrm.cli.report import app as report_app
 from cmrm.cli.reproduce import reproduce
 from cmrm.cli.rescore import rescore
 from cmrm.cli.serve import serve
@@ -46,6 +47,7 @@ for command in (
     app.command()(command)
 app.add_typer(judges_app, name="judges")
 app.add_typer(export_app, name="export")
+app.add_typer(report_app, name="report")
 
 
 def _version(wanted: bool) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,51 +77,136 @@ def warn_of_training(judges: Mapping[str, Judge], files: Sequence[Path]) -> None
             )
 
 
-def progress_bar(console: Any) -> Any:
-    """The progress bar: current step, share done, elapsed time."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+class Bar:
+    """A progress bar on a terminal: current step, share done, elapsed time."""
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
+    def __init__(self, console: Any) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, step: str, total: int | None = None) -> None:
+        """A part begins, of so many prompts."""
+        self._bar.reset(self._task, total=total, description=step)
+
+    def name(self, step: str) -> None:
+        """The current step of the same part."""
+        self._bar.update(self._task, description=step)
+
+    def size(self, total: int | None) -> None:
+        """Prompts of the part."""
+        self._bar.update(self._task, total=total)
+
+    def advance(self, n: int) -> None:
+        """So many prompts are done."""
+        self._bar.advance(self._task, n)
+
+
+EVERY = 10.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class Lines:
+    """Progress where no bar can be drawn, as in a log: a line every `EVERY` seconds.
+
+    `write` receives each line; nothing is said of what is over sooner.
+    """
+
+    def __init__(self, write: Callable[[str], None], every: float = EVERY) -> None:
+        self.write = write
+        self.every = every
+        self.step, self.done = "starting", 0
+        self.total: int | None = None
+        self._start = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._speak, daemon=True)
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def begin(self, step: str, total: int | None = None) -> None:
+        """A part begins, of so many prompts."""
+        self.step, self.done, self.total = step, 0, total
+
+    def name(self, step: str) -> None:
+        """The current step of the same part."""
+        self.step = step
+
+    def size(self, total: int | None) -> None:
+        """Prompts of the part."""
+        self.total = total
+
+    def advance(self, n: int) -> None:
+        """So many prompts are done."""
+        self.done += n
+
+    def line(self) -> str:
+        """`cmrm: 00:01:20 none: demo-original, 96 of 480`."""
+        passed = str(timedelta(seconds=int(time.monotonic() - self._start))).rjust(8, "0")
+        of = "" if self.total is None else f" of {self.total}"
+        count = f", {self.done}{of}" if self.done or self.total is not None else ""
+        return f"cmrm: {passed} {self.step}{count}"
+
+    def _speak(self) -> None:
+        while not self._ended.wait(self.every):
+            self.write(self.line())
+
+
+def _write_line(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def reporter() -> Bar | Lines:
+    """Progress on standard error: a bar on a terminal, lines elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return Bar(console) if console.is_terminal else Lines(_write_line)
 
 
 @contextmanager
 def progress(total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """A bar on standard error over `total` prompts, as (name the current step, advance by n)."""
-    from rich.console import Console
-
-    with progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=total)
-        yield (lambda text: bar.update(task, description=text)), (lambda n: bar.advance(task, n))
+    """Progress over `total` prompts, as (name the current step, advance by n)."""
+    with reporter() as shown:
+        shown.size(total)
+        yield shown.name, shown.advance
 
 
 @contextmanager
 def progress_in_parts() -> Iterator[
     tuple[Callable[[str, int | None], None], Callable[[int], None]]
 ]:
-    """A bar on standard error that starts again with each part, as (begin a part of so many
-    prompts, advance by n)."""
-    from rich.console import Console
-
-    with progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
-        yield (
-            lambda name, total: bar.reset(task, total=total, description=name),
-            lambda n: bar.advance(task, n),
-        )
+    """Progress that starts again with each part, as (begin a part of so many prompts, advance by
+    n)."""
+    with reporter() as shown:
+        yield shown.begin, shown.advance
 
 
 def sparkline(values: Sequence[float], low: float = 0.0, high: float | None = None) -> str:

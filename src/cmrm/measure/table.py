@@ -131,7 +131,7 @@ def comparisons_of(
                 condition = "query" if baseline == TEXT else cell.condition
                 base = by_key.get((cell.set, condition, "none"))
                 if cell.defense != "none" and base is not None:
-                    family += _compared(cell, base, judge, baseline, seed=seed)
+                    family += compared_cells(cell, base, judge, baseline, seed=seed)
             corrected = holm([row["p_value"] for row in family])
             for row, p_value in zip(family, corrected, strict=True):
                 row["p_holm"] = p_value
@@ -139,10 +139,10 @@ def comparisons_of(
     return comparisons
 
 
-def _compared(
+def compared_cells(
     cell: Cell, base: Cell, judge: str, baseline: str, *, seed: int
 ) -> list[dict[str, Any]]:
-    """A row for each outcome of a cell beside its base."""
+    """A paired row for each outcome of a cell beside its base, over the samples of both."""
     kinds = [("accuracy", "utility", None)] if judge == ACCURACY else OUTCOMES
     rows = []
     for outcome, kind, counted in kinds:

@@ -177,6 +177,8 @@ class VllmEngine(Engine):
         """
         if contrast is not None:
             raise EngineError(_NO_CONTRAST)
+        if not requests:
+            return []
         options = options or Decoding()
         outputs, outcomes = self._steered(requests, interventions, _sampling(options))
         if on_batch is not None:
