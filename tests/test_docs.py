@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
 from cmrm.cli.main import app
+from cmrm.prompts.conditions import Request
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -50,6 +53,44 @@ def test_commands_exist(page: Path) -> None:
 def test_every_command_is_named() -> None:
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert [name for name in get_command(app).commands if f"cmrm {name}" not in text] == []  # type: ignore[attr-defined]
+
+
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{k}")
+    for page in PAGES
+    for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_blocks_are_python_and_what_they_import_is_there(code: str) -> None:
+    tree = ast.parse(code)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    own = [node for node in imports if "cmrm" in ast.unparse(node)]
+    for node in own:
+        exec(compile(ast.Module([node], []), "page", "exec"), {})
+    assert imports or "import" not in code
+
+
+@pytest.mark.parametrize("name", ["PoliteReminder", "ShortJudge"])
+def test_the_examples_of_own_parts_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if name in block
+    )
+    from cmrm import defenses
+
+    monkeypatch.setattr(defenses, "_KNOWN", dict(defenses._KNOWN))
+    names: dict[str, Any] = {"__name__": "my_package"}
+    exec(code, names)
+    made = names[name]()
+    if name == "ShortJudge":
+        assert [made.judge("x", reply).value for reply in ("", "No.", "a" * 80)] == [
+            "unscored", "refused", "complied",
+        ]  # fmt: skip
+    else:
+        asked = defenses.make_defense("polite_reminder").rewrite(None, [Request("Hi")])  # type: ignore[arg-type]
+        assert [request.text for request in asked] == ["Please be careful. Hi"]
 
 
 def _end(words: list[str]) -> int:

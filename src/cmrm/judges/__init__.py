@@ -1,11 +1,16 @@
-"""Judges decide whether a reply refuses. They never guess: what they cannot tell is `unscored`."""
+"""Judges decide whether a reply refuses. They never guess: what they cannot tell is `unscored`.
+
+A third party's judge is found by the entry point group `cmrm.judges`: its name, and a class or
+function without arguments that gives a `Judge` of that name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from cmrm.errors import InputError
+from cmrm.errors import CmrmError, InputError
 from cmrm.judges.base import (
     Judge,
     Judgement,
@@ -40,6 +45,8 @@ __all__ = [
 
 DEFAULT_JUDGE = "small"
 """Name of the judge whose figures come first."""
+GROUP = "cmrm.judges"
+"""Of entry points."""
 
 
 def __getattr__(name: str) -> Any:
@@ -78,7 +85,15 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 
 def judge_names() -> list[str]:
     """Forms of a name that `make_judge` takes."""
-    return [*_PLAIN, "guard:KIND=MODEL", "chat:MODEL", "openai:MODEL@URL", "judgezoo:NAME"]
+    installed = [point.name for point in entry_points(group=GROUP)]
+    return [
+        *_PLAIN,
+        *installed,
+        "guard:KIND=MODEL",
+        "chat:MODEL",
+        "openai:MODEL@URL",
+        "judgezoo:NAME",
+    ]
 
 
 def make_judge(name: str) -> Judge:
@@ -127,7 +142,38 @@ def judge_maker(name: str) -> Callable[[], Judge]:
 
         check_zoo_name(rest)
         return lambda: ZooJudge.named(rest)
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            return _installed(point)
     raise InputError(f"unknown judge {name!r}; one of {', '.join(judge_names())}")
+
+
+def _installed(point: EntryPoint) -> Callable[[], Judge]:
+    """A third party's judge.
+
+    Raises:
+        InputError: it cannot be imported, or is no class or function without arguments.
+    """
+    place = f"the installed judge {point.name!r} ({point.value})"
+    try:
+        made = point.load()
+    except Exception as error:  # whatever a stranger's module raises while it is imported
+        raise InputError(f"{place} cannot be loaded: {error}") from error
+
+    def make() -> Judge:
+        try:
+            judge: Judge = made()
+        except CmrmError:
+            raise
+        except Exception as error:  # the same, while it is made
+            raise InputError(f"{place} cannot be made: {error}") from error
+        if not hasattr(judge, "judge") or getattr(judge, "name", None) != point.name:
+            raise InputError(
+                f"{place} has no method `judge`, or another `name` than {point.name!r}"
+            )
+        return judge
+
+    return make
 
 
 def judge_model(name: str) -> str | None:
