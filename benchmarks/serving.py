@@ -2,7 +2,8 @@
 
 Run it in vLLM's environment: `DIR/bin/python benchmarks/serving.py` (tools/vllm_env.sh DIR). One
 process, both ways by turns: without the plugin means that its wrappers call vLLM's own methods and
-nothing else. A random LLaVA of SmolLM2's sizes, bfloat16, eager; mixed load: every other request
+nothing else. A random LLaVA of SmolLM2's sizes, bfloat16 (float32 on a CPU that would emulate it),
+eager; mixed load: every other request
 carries an image; the harm gate is armed.
 """
 
@@ -24,11 +25,13 @@ import torch
 from common import arguments, paired_ratio, random_llava, report
 
 from cmrm import ShiftVectors, Steering
+from cmrm.model.compat import emulates_bfloat16
 from cmrm.model.identity import identity_of
 from cmrm.model.vlm import VLM
 from cmrm.shift.artifact import Provenance
 from cmrm.steering.gate import Gate
 
+DTYPE = "float32" if emulates_bfloat16() else "bfloat16"
 TARGETS = {"vllm_throughput_ratio": 0.97, "vllm_text_ratio": 0.99}
 
 
@@ -97,11 +100,11 @@ def measure(root: Path, options: Any) -> None:
     from cmrm.engines.vllm.checkpoint import readable_by_vllm
 
     llm = LLM(
-        model=str(readable_by_vllm(root / "model")), dtype="bfloat16", enforce_eager=True,
+        model=str(readable_by_vllm(root / "model")), dtype=DTYPE, enforce_eager=True,
         max_model_len=2048, limit_mm_per_prompt={"image": 1}, enable_prefix_caching=False,
     )  # fmt: skip
     switch = Switch(llm)
-    n, tokens = (4, 4) if options.tiny else (24, 48)
+    n, tokens = (4, 4) if options.tiny else (8, 32)
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     image = Image.new("RGB", (336, 336), "red")
 
@@ -125,7 +128,7 @@ def measure(root: Path, options: Any) -> None:
         ratio = paired_ratio(
             lambda: run(False), lambda: run(True), pairs=1 if options.tiny else options.pairs
         )
-        report(figure, ratio, requests=n, tokens=tokens, target=TARGETS[figure])
+        report(figure, ratio, requests=n, tokens=tokens, dtype=DTYPE, target=TARGETS[figure])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cmrm.demo.settings import DATASET_STEERING
 from cmrm.demo.vlm import demo_checkpoint, intact, load_demo, load_named_vlm, weights_dir
 from cmrm.errors import CmrmError, ModelError
 from cmrm.judges import KeywordJudge
+from cmrm.model.compat import emulates_bfloat16
 from cmrm.model.encode import encode
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import build_request
@@ -53,7 +54,7 @@ def refused(vlm: VLM, condition: str, **options: Any) -> list[bool]:
 def test_it_is_a_llava_of_the_documented_shape(demo: VLM) -> None:
     assert type(demo.model).__name__ == "LlavaForConditionalGeneration"
     assert (demo.n_layers, demo.hidden_size) == (30, 576)
-    assert demo.model.dtype == torch.bfloat16
+    assert demo.model.dtype == (torch.float32 if emulates_bfloat16() else torch.bfloat16)
 
 
 def test_the_weights_that_ship_are_small() -> None:

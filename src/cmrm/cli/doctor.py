@@ -99,7 +99,12 @@ def _device() -> Line:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())}
         return Line("device", True, f"CUDA: {torch.cuda.device_count()} x {', '.join(names)}")
-    return Line("device", None, f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    from cmrm.model.compat import emulates_bfloat16
+
+    text = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if emulates_bfloat16():
+        return Line("device", None, f"{text}; bfloat16 is emulated, and slow", "--dtype float32")
+    return Line("device", None, text)
 
 
 def _places() -> list[Line]:

@@ -265,7 +265,7 @@ def run_demo(
 
     state = prepare_out(out)
     say("assembling the demo VLM (once, into the cache)")
-    engine = TransformersEngine(load_vlm(DEMO, dtype="bfloat16"))
+    engine = TransformersEngine(load_vlm(DEMO))
     prompts = Prompts.of(budget)
     start(prompts.passes(budget))
     bench = Bench(engine, budget, ReplyStore(state / "replies.db"), tick)

@@ -18,6 +18,7 @@ from cmrm.demo import DEMO
 from cmrm.demo.assets import WHEEL_SHA256
 from cmrm.errors import ModelError
 from cmrm.files import atomic_path, cache_dir, sha256_file
+from cmrm.model.compat import emulates_bfloat16
 from cmrm.model.vlm import VLM, load_vlm
 
 CHECKSUMS = "checksums.json"
@@ -27,16 +28,19 @@ IMAGE_BACKEND = "pil"
 
 
 def load_demo(**options: Any) -> VLM:
-    """The demo VLM (bfloat16), assembled on the first call; its images are processed by PIL.
+    """The demo VLM, assembled on the first call; its images are processed by PIL.
 
     Args:
-        options: `dtype` and `device_map`, as `cmrm.load_vlm` takes them.
+        options: `dtype` and `device_map`, as `cmrm.load_vlm` takes them. "auto" is the checkpoint's
+            bfloat16, and float32 on a CPU that would emulate it.
 
     Raises:
         MissingExtraError: it has to be assembled, and a library of the extra `demo` is not
             installed.
         ModelError: the backbone cannot be fetched, or the weights are incomplete.
     """
+    if options.get("dtype", "auto") == "auto" and emulates_bfloat16(options.get("device_map")):
+        options = {**options, "dtype": torch.float32}
     return load_vlm(demo_checkpoint(), **(options | {"image_backend": IMAGE_BACKEND}))
 
 

@@ -82,3 +82,16 @@ def backbone_of(model: Any) -> Any:
     ):
         return model
     return inner
+
+
+def emulates_bfloat16(device_map: Any = None) -> bool:
+    """Whether a model would run on a CPU that has no instructions for bfloat16.
+
+    There a product of matrices takes many times as long as in float32. False where the device is
+    no CPU, or torch cannot tell.
+    """
+    on_cpu = device_map in (None, "cpu") or (device_map == "auto" and not torch.cuda.is_available())
+    if not on_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not supported()
