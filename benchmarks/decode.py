@@ -1,7 +1,7 @@
 """`decode_ratio_hooks`, `decode_ratio_folded`: decoded tokens a second, steered / bare, one row.
 
-Behind a 576-token image, by hooks, and by a folded checkpoint. bfloat16; float32 on a CPU that would
-emulate it."""
+Behind a 576-token image, by hooks, and by a folded checkpoint. bfloat16; float32 on a CPU that
+would emulate it."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def vipllava() -> Built:
     )
 
 
-def llava_next() -> Built:
+def llava_next(**text: Any) -> Built:
     tokenizer = byte_tokenizer(image_token="<image>")
     grid = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
     processor = tf.LlavaNextProcessor(
@@ -163,7 +163,7 @@ def llava_next() -> Built:
     )
     config = tf.LlavaNextConfig(
         vision_config=tf.CLIPVisionConfig(**vision_settings()),
-        text_config=tf.LlamaConfig(**text_settings()),
+        text_config=tf.LlamaConfig(**text_settings(**text)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=grid,
         vision_feature_layer=-1,
@@ -245,16 +245,16 @@ def qwen2_vl() -> Built:
     return finish(seeded(lambda: tf.Qwen2VLForConditionalGeneration(config)), processor)
 
 
-def qwen2_5_vl() -> Built:
+def qwen2_5_vl(**text: Any) -> Built:
     tokenizer = byte_tokenizer(**QWEN_SPECIAL)
     processor = tf.Qwen2_5_VLProcessor(
         _qwen_pixels(), tokenizer, tf.Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE
     )
     config = tf.Qwen2_5_VLConfig(
-        text_config=text_settings(rope_parameters=MROPE),
+        text_config=text_settings(**{"rope_parameters": MROPE, **text}),
         vision_config={
-            "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32,
-            "num_heads": 2,
+            "depth": 2, "hidden_size": 16, "out_hidden_size": text.get("hidden_size", 32),
+            "intermediate_size": 32, "num_heads": 2,
             "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "in_channels": 3,
             "window_size": 32, "fullatt_block_indexes": [1],

@@ -91,7 +91,7 @@ def emulates_bfloat16(device_map: Any = None) -> bool:
     no CPU, or torch cannot tell.
     """
     on_cpu = device_map in (None, "cpu") or (device_map == "auto" and not torch.cuda.is_available())
-    if not on_cpu or not torch.backends.mkldnn.is_available():
+    if not on_cpu or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and not supported()
