@@ -59,3 +59,9 @@ def test_on_a_terminal_a_bar_is_drawn() -> None:
         bar.advance(3)
     task = bar._bar.tasks[0]
     assert (task.description, task.total, task.completed) == ("the same step", 8, 3)
+
+
+def test_the_next_command_is_named_beside_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.next_step("cmrm one", "cmrm two")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "next: cmrm one   or: cmrm two\n")

@@ -53,3 +53,5 @@ def check(
         )
     if failed(findings):
         raise typer.Exit(1)
+    if not as_json:
+        screen.next_step(f"cmrm diagnose {model} --data requests.csv")

@@ -54,6 +54,7 @@ def demo(
     screen.print_rows("what each level gives back, and what it costs", *balance_table(results))
     screen.print_judges(results)
     typer.echo(f"report: {out / 'report.html'}   results: {out / 'results.json'}")
+    screen.next_step("cmrm diagnose MODEL --data requests.csv", "cmrm ui demo")
 
 
 @app.command()

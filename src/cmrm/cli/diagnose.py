@@ -117,6 +117,7 @@ def diagnose(
         screen.print_json(results)
     else:
         _print(results)
+        screen.next_step(f"cmrm extract {model} --anchors harmful.csv --benign benign.csv -o FILE")
 
 
 def _print(results: dict[str, Any]) -> None:

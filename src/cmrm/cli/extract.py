@@ -293,6 +293,10 @@ def _print(written: Path, shift: ShiftVectors, *, named: bool) -> None:
     typer.echo(f"{written}: {count}, {made.n_layers} layers; `cmrm inspect` shows it")
     for line in sentences(shift, named=named):
         typer.echo(line)
+    screen.next_step(
+        f"cmrm evaluate MODEL --sets test.csv --defenses cmrm_dataset --shift {written}",
+        f"cmrm serve MODEL --shift {written}",
+    )
 
 
 def check_output(output: Path) -> None:

@@ -67,6 +67,7 @@ def inspect(
         rows.append(["identity", "none: written by an older version, bound to the config alone"])
     screen.print_rows(f"{artifact} ({FORMAT})", ["field", "value"], rows)
     _print_layers(content)
+    screen.next_step(f"cmrm generate MODEL --shift {artifact} --image photo.jpg 'What is it?'")
 
 
 def identity_summary(identity: Identity | None) -> dict[str, Any] | None:

@@ -119,6 +119,10 @@ def judge(
         screen.print_json(results)
     else:
         _print(results)
+        if out is not None:
+            screen.next_step(
+                f"cmrm judges sheet {out} (label replies, so that rates are corrected)"
+            )
     _print_failures(results, kept=out is not None)
 
 

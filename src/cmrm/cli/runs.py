@@ -147,6 +147,9 @@ def finish(results: dict[str, Any], out: Path, as_json: bool) -> None:
         )
     if not as_json:
         typer.echo(f"results: {out / 'results.json'}   report: {page}")
+        screen.next_step(
+            f"cmrm report compare {out} ANOTHER_RUN", f"cmrm judges sheet {out} (label replies)"
+        )
     missing = sum(cell["missing"] for cell in results["cells"])
     if results["failures"] or missing:
         reasons = "; ".join(results["failures"]) or "see `missing` in the results"

@@ -31,6 +31,11 @@ def print_notes(loaded: Loaded) -> None:
         typer.echo(f"{loaded.name}: {count} samples left out; the first: {first}", err=True)
 
 
+def next_step(*commands: str) -> None:
+    """What a user would do next, on standard error, so that output can be piped."""
+    typer.echo(f"next: {'   or: '.join(commands)}", err=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(value, indent=1))

@@ -271,3 +271,4 @@ def _print(result: Mapping[str, Any], page: Path, out: Path) -> None:
     if failed:
         typer.echo(f"{len(failed)} points could not be measured; see the table", err=True)
     typer.echo(f"results: {out / 'sweep.json'}   report: {page}")
+    screen.next_step("cmrm tune (choose a setting within limits)")
