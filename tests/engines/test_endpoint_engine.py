@@ -141,6 +141,21 @@ def test_a_program_is_read_and_bound() -> None:
             EndpointEngine("m", [armed.url, plain.url])
 
 
+def test_an_image_that_was_not_steered_ends_the_run() -> None:
+    def told(steered: int) -> Callable[[dict[str, Any]], tuple[int, Any]]:
+        outcome = {"steered_tokens": steered, "gate_open": True}
+        return lambda body: (200, {**reply(body)[1], "cmrm": outcome})
+
+    request = Request("x", (image(),))
+    with serving(health=ARMED, answer=told(5)) as server:
+        assert EndpointEngine("m", [server.url]).answer([request])[0].gate_open is True
+    with serving(health=ARMED, answer=told(0)) as server:
+        engine = EndpointEngine("m", [server.url])
+        engine.answer([Request("x")])
+        with pytest.raises(EngineError, match="did not steer"):
+            engine.answer([request])
+
+
 def test_a_server_that_is_not_armed_gives_no_engine() -> None:
     broken = {"engine": 200, "steering": {"armed": False, "reason": "a worker is silent"}}
     with serving(health=broken) as server, pytest.raises(EngineError, match="a worker is silent"):

@@ -150,6 +150,39 @@ def test_image_requests_are_steered_and_text_is_not(server: Server, model: Model
     assert all(close(a, b) for a, b in zip(answers, wanted, strict=True))
 
 
+def test_each_reply_says_what_was_done_to_it(server: Server, model: Model) -> None:
+    batch = requests()
+    plain, wanted = hooks(model, batch), hooks(model, batch, SETTING)
+    for request, one, other in zip(batch, plain, wanted, strict=True):
+        messages: Any = [{"role": "user", "content": content(request)}]
+        more: dict[str, Any] = {
+            "model": "tiny", "messages": messages, "temperature": 0, "max_tokens": TOKENS,
+            "extra_body": {"ignore_eos": True}, "extra_headers": {"X-Request-Id": "the same"},
+        }  # fmt: skip
+        reply = server.client.chat.completions.create(**more)
+        told = getattr(reply, "cmrm", None)
+        moved = not close(one["logprobs"], other["logprobs"])
+        expected: dict[str, Any] = {"steered_tokens": TOKENS, "gate_open": moved}
+        if not request["image"]:
+            expected = {"steered_tokens": 0, "gate_open": None}
+        assert told == expected
+        body = {**more, **more["extra_body"], "stream": True}
+        del body["extra_body"], body["extra_headers"]
+        asked = urllib.request.Request(
+            f"{server.address}/v1/chat/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+        )  # fmt: skip
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        comment = next(line for line in lines if line.startswith(": cmrm "))
+        assert json.loads(comment.removeprefix(": cmrm ")) == expected
+        assert lines.index("data: [DONE]") > lines.index(comment)
+    server_side = server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=2, stream=True
+    )
+    assert len(list(server_side)) >= 2, "OpenAI's client passes over the comment"
+
+
 def test_a_client_has_no_say_in_it(server: Server, model: Model) -> None:
     request = requests()[0]
     wanted = hooks(model, [request], SETTING)[0]["logprobs"]

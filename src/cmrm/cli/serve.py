@@ -285,6 +285,7 @@ def _command(
     environment = {
         "CMRM_SHIFT": shift if not Path(shift).exists() else str(Path(shift).resolve()),
         "CMRM_STEERING": json.dumps(setting.to_json()),
+        "CMRM_REMEMBERS": "1",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_SERVER_DEV_MODE": "0",

@@ -194,6 +194,8 @@ class EndpointEngine(Engine):
         text = str(answer.choices[0].message.content or "")
         tokens = 0 if answer.usage is None else answer.usage.completion_tokens
         outcome = getattr(answer, "cmrm", None) or {}
+        if self.program is not None and request.all_images and outcome.get("steered_tokens") == 0:
+            raise EngineError(f"{client.base_url} did not steer a request with an image")
         return Reply(text.strip(), tokens, outcome.get("gate_open"))
 
     def stream(

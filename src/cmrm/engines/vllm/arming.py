@@ -101,6 +101,7 @@ def arm_vllm() -> None:
         if "compile_or_warm_up_model" in vars(worker):
             _wrap(worker, "compile_or_warm_up_model", _after_warm_up)
     Worker.cmrm_status = status
+    Worker.cmrm_outcome = outcome
     if armed.changes:
         Worker.cmrm_arm = arm_again
         Worker.cmrm_take = take
@@ -252,6 +253,7 @@ def _arm(runner: Any, armed: _Armed) -> None:
     runner.cmrm_layers = {number: layers[number] for number in program.layers}
     runner.cmrm_sums = {number: _sum(layers[number]) for number in program.layers}
     runner.cmrm_state = State(program, board)
+    runner.cmrm_state.remembers = os.environ.get("CMRM_REMEMBERS") == "1"
     _log.warning(
         "cmrm: %d of %d decoder layers armed, positions %s, gate %s, program %s",
         len(program.layers), len(layers), program.positions,
@@ -360,6 +362,11 @@ def arm_again(worker: Any, program: bytes) -> str:
     _arm(runner, armed)
     _self_test(runner)
     return armed.program.key
+
+
+def outcome(worker: Any, part: str) -> dict[str, Any] | None:
+    """What happened to a request; see `stepping.State.outcome_of`."""
+    return state_of(worker.model_runner).outcome_of(part)
 
 
 def take(worker: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -108,7 +109,27 @@ class Middleware:
             replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, again, send)
+        if scope["method"] != "POST":
+            await self.app(scope, again, send)
+            return
+        name = f"cmrm{uuid4().hex}"
+        headers = [(k, v) for k, v in scope.get("headers", ()) if k.lower() != b"x-request-id"]
+        headers.append((b"x-request-id", name.encode()))
+        teller = Teller(send, lambda: self._outcome(scope, name))
+        await self.app({**scope, "headers": headers}, again, teller.send)
+
+    async def _outcome(self, scope: Scope, name: str) -> dict[str, Any] | None:
+        """What was done to a request; None where no worker knows it."""
+        client = scope["app"].state.engine_client
+        try:
+            answer = client.collective_rpc("cmrm_outcome", timeout=TIMEOUT, args=(name,))
+            outcomes = list(await asyncio.wait_for(answer, TIMEOUT))
+        except Exception:  # the reply is whole: that nothing is known of it is what is said
+            return None
+        known = next((outcome for outcome in outcomes if outcome is not None), None)
+        if known is None:
+            return None
+        return {"steered_tokens": known["steered"], "gate_open": known["open"]}
 
     async def _status(self, scope: Scope) -> list[dict[str, Any]]:
         """What every worker says; an exception where one is not armed, is silent, or is armed with
@@ -186,6 +207,65 @@ class Middleware:
                 f"cmrm_{name}_total {workers[0][name]}",
             ]
         return "\n".join(lines) + "\n"
+
+
+class Teller:
+    """Adds to a reply what was done to its request: the field `cmrm` of a whole reply, a comment
+    (`: cmrm {...}`) before the end of a stream, which clients pass over."""
+
+    def __init__(self, send: Send, outcome: Callable[[], Awaitable[dict[str, Any] | None]]) -> None:
+        self._send = send
+        self._outcome = outcome
+        self._start: Message | None = None
+        self._body = b""
+        self._streams = False
+
+    async def send(self, message: Message) -> None:
+        """Take one of the application's messages, and pass it on."""
+        if message["type"] == "http.response.start":
+            headers = {k.lower(): v for k, v in message.get("headers", ())}
+            kind = headers.get(b"content-type", b"")
+            self._streams = kind.startswith(b"text/event-stream")
+            if message["status"] == 200 and kind.startswith(b"application/json"):
+                self._start = message
+                return
+            await self._send(message)
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._whole(self._start)
+        else:
+            body = message.get("body", b"")
+            at = _end_of(body) if self._streams else None
+            if at is not None:
+                told = b": cmrm " + json.dumps(await self._outcome()).encode() + b"\n\n"
+                message = {**message, "body": body[:at] + told + body[at:]}
+            await self._send(message)
+
+    async def _whole(self, start: Message) -> None:
+        document = json.loads(self._body)
+        if isinstance(document, dict):
+            document["cmrm"] = await self._outcome()
+        body = json.dumps(document, ensure_ascii=False).encode()
+        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+END = b"data: [DONE]"
+"""Last event of a stream."""
+
+
+def _end_of(body: bytes) -> int | None:
+    """Where the last event of a stream begins; a reply that speaks of it has no line break before
+    it."""
+    if body.startswith(END):
+        return 0
+    at = body.find(b"\n\n" + END)
+    return None if at < 0 else at + 2
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:

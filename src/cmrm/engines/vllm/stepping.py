@@ -42,7 +42,9 @@ class State:
         """Passes, tokens, and tokens at steered positions of image requests."""
         self.outcomes: dict[str, dict[str, Any]] = {}
         """Name -> `{"steered": tokens at steered positions, "open": the gate's decision or None}`
-        of the requests that have a name."""
+        of the requests that have a name, or of all."""
+        self.remembers = False
+        """Whether outcomes of all requests are kept, by vLLM's own names of them."""
         self.deciding: list[tuple[str, int]] = []
         """(name, slot) of the last pass's requests about which the gate decided."""
         self.testing = False
@@ -78,7 +80,7 @@ class State:
             row = self._row(request, state, scheduled[request])
             if (self.program.fills or self.program.reads) and row.decides:
                 self._await_record(state, start + row.prompt - 1 - row.first)
-            self._remember(state, row)
+            self._remember(request, state, row)
             rows.append(row)
             targets.append(self._target(request, state, row))
             start += row.count
@@ -107,14 +109,17 @@ class State:
                 self.records[name] = self.board.seen[token].clone()
         self.pending = []
         for name, slot in self.deciding:
-            self.outcomes[name]["open"] = bool(self.board.held[slot] > 0)
+            if name in self.outcomes:  # stays on the device: the host does not wait for it
+                self.outcomes[name]["open"] = self.board.held[slot].clone()
         self.deciding = []
 
-    def _remember(self, state: Any, row: Row) -> None:
-        """Count a request's steered tokens, where it has a name."""
-        name = asked(state).get("name")
+    def _remember(self, request: str, state: Any, row: Row) -> None:
+        """Count a request's steered tokens, where somebody may ask for them."""
+        name = asked(state).get("name", request if self.remembers else None)
         if not isinstance(name, str):
             return
+        if name not in self.outcomes and len(self.outcomes) >= MOST_RECORDS:
+            self.outcomes.pop(next(iter(self.outcomes)))
         outcome = self.outcomes.setdefault(name, {"steered": 0, "open": None})
         outcome["steered"] += int(steered_tokens(row, self.program.positions).sum())
         if self.board.gated and row.decides and row.image_end is not None:
@@ -124,7 +129,19 @@ class State:
         """`outcomes` so far, which are forgotten."""
         self.keep_records()
         taken, self.outcomes = self.outcomes, {}
-        return taken
+        return {name: _plain(outcome) for name, outcome in taken.items()}
+
+    def outcome_of(self, part: str) -> dict[str, Any] | None:
+        """What happened to the requests whose name holds `part`, which is forgotten: the sum of
+        steered tokens, and whether the gate opened for one; None where nothing is known."""
+        self.keep_records()
+        names = [name for name in self.outcomes if part in name]
+        outcomes = [_plain(self.outcomes.pop(name)) for name in names]
+        if not outcomes:
+            return None
+        decisions = [outcome["open"] for outcome in outcomes if outcome["open"] is not None]
+        steered = sum(outcome["steered"] for outcome in outcomes)
+        return {"steered": steered, "open": any(decisions) if decisions else None}
 
     def taken_records(self) -> dict[str, torch.Tensor]:
         """`records` so far, float32 on the CPU, which are forgotten."""
@@ -191,6 +208,12 @@ class State:
         name = asked(state).get("record")
         if isinstance(name, str):
             self.pending.append((name, token))
+
+
+def _plain(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """An outcome with its decision on the host."""
+    decision = outcome["open"]
+    return {**outcome, "open": None if decision is None else bool(decision > 0)}
 
 
 def asked(state: Any) -> Mapping[str, Any]:
