@@ -63,7 +63,7 @@ def test_the_weights_that_ship_are_small() -> None:
 
 
 def test_the_text_path_is_the_aligned_backbone_bit_for_bit(demo: VLM) -> None:
-    backbone = halve(aligned_backbone(weights_dir() / "adapter")[0])
+    backbone = halve(aligned_backbone(weights_dir() / "adapter")[0]).to(demo.model.dtype)
     samples = prompt_samples("anchor", "harmful")[:4]
     inputs = encode(demo, [build_request(sample, "query") for sample in samples])
     with torch.inference_mode():
@@ -166,7 +166,8 @@ def test_the_commands_run_on_a_real_set_with_images(demo: VLM, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-def test_the_checkpoint_is_mapped_into_memory(demo: VLM) -> None:
+def test_the_checkpoint_is_mapped_into_memory() -> None:
+    demo = load_demo(dtype=torch.bfloat16)
     weights = Path(demo.model_id) / "model.safetensors"
     assert str(weights.resolve()) in Path("/proc/self/maps").read_text()
 

@@ -48,7 +48,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Any:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("cmrm.evaluate.run.evaluate", capture)
-    monkeypatch.setattr("cmrm.evaluate.provider.load_vlm", refuse)
+    monkeypatch.setattr("cmrm.engines.opening.load_vlm", refuse)
 
     def plan_of(*arguments: object) -> Plan:
         result = invoke("evaluate", *arguments)

@@ -12,6 +12,7 @@ pytest.importorskip("inspect_ai", reason="evaluation needs the extra `eval`")
 
 from inspect_ai.log import list_eval_logs, read_eval_log
 
+from cmrm.engines import opening
 from cmrm.errors import CmrmError, InputError
 from cmrm.evaluate import provider
 from cmrm.evaluate.logs import read_cells
@@ -121,7 +122,7 @@ def test_a_judge_that_fails_takes_nothing_away_and_is_asked_again(
     assert second["judge_failures"] == {}
     assert second["cells"][0]["judges"][NAME]["unsafe"]["rate"] == 1.0
     moody.broken = True
-    monkeypatch.setattr(provider, "load_vlm", never)
+    monkeypatch.setattr(opening, "load_vlm", never)
     provider._ENGINES.clear()
     missing = rescore_logs(tmp_path, plan.judges)
     assert (missing.failed, missing.kept) == (16, 16)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cmrm.engines.base import Engine
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import InputError
+from cmrm.model.vlm import load_vlm
 
 LOCAL = ("transformers", "vllm")
 """Engines in this process."""
@@ -37,9 +39,6 @@ def open_engine(
     if engine == "transformers":
         if options:
             raise InputError("--engine-options go with the engine vllm or a server's address")
-        from cmrm.engines.transformers import TransformersEngine
-        from cmrm.model.vlm import load_vlm
-
         return TransformersEngine(load_vlm(model, **loading))
     check_engine(engine)
     named = {name: value for name, value in loading.items() if value not in (None, False, "auto")}

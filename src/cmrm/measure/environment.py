@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cmrm.engines.base import Engine
 from cmrm.model.identity import public_name
 from cmrm.shift.artifact import ShiftVectors, library_versions
+
+if TYPE_CHECKING:
+    from cmrm.engines.base import Engine
 
 
 def model_info(engine: Engine, name: str | None = None) -> dict[str, Any]:
