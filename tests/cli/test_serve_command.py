@@ -10,7 +10,7 @@ import torch
 
 from cli.commands import output, refused
 from cmrm import ShiftVectors, Steering
-from cmrm.engines.vllm import arming
+from cmrm.engines.vllm import patches
 from cmrm.engines.vllm.arming import program_of
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.engines.vllm.program import Program
@@ -119,11 +119,11 @@ def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for version, good in (("0.32.0", True), ("0.31.9", False), ("0.33.0", False), ("1.0", False)):
         fake.__version__ = version  # type: ignore[attr-defined]
         if good:
-            assert arming.check_version() == version
+            assert patches.check_version() == version
         else:
             with pytest.raises(InputError, match="is not tested with cmrm"):
-                arming.check_version()
+                patches.check_version()
     fake.__version__ = "0.32.0"  # type: ignore[attr-defined]
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(InputError, match="is not armed"):
-        arming.check_version()
+        patches.check_version()

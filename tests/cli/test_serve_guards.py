@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cmrm import ShiftVectors, Steering, load_vlm
 from cmrm.engines.vllm import http
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.engines.vllm.http import refused_body
-from cmrm.engines.vllm.matching import check_files, check_loaded
+from cmrm.engines.vllm.matching import check_checkpoint, check_files, check_loaded
 from cmrm.errors import ArtifactError, ModelError
 from cmrm.model.identity import identity_of
 from cmrm.shift.artifact import Provenance
@@ -58,6 +59,37 @@ def test_weights_on_disk_are_the_artifacts(checkpoint: str, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="no weight can be compared"):
         check_files(tmp_path / "empty", identity)
+
+
+def test_a_checkpoint_with_another_template_or_processor_is_another_model(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    identity = identity_of(load_vlm(checkpoint))
+    check_checkpoint(Path(checkpoint), identity)
+
+    def changed(name: str, file: str, change: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(checkpoint, folder)
+        document = json.loads((folder / file).read_text())
+        change(document)
+        (folder / file).write_text(json.dumps(document))
+        return folder
+
+    folder = tmp_path / "template"
+    shutil.copytree(checkpoint, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(ArtifactError, match="another chat template"):
+        check_checkpoint(folder, identity)
+    normed = changed("config", "config.json", lambda d: d["text_config"].update(rms_norm_eps=0.1))
+    with pytest.raises(ArtifactError, match=r"config text_config\.rms_norm_eps"):
+        check_checkpoint(normed, identity)
+    scaled = changed(
+        "pixels", "processor_config.json",
+        lambda d: d["image_processor"].update(image_mean=[0.9, 0.9, 0.9]),
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match="image_mean"):
+        check_checkpoint(scaled, identity)
 
 
 def test_a_recommended_fill_is_served_as_the_gate(

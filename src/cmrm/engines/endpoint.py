@@ -59,8 +59,13 @@ class EndpointEngine(Engine):
                 raise InputError(
                     f"{url!r} is no address of a server; such as http://127.0.0.1:8000/v1"
                 )
-        if parallel < 1 or timeout <= 0:
-            raise InputError("parallel is at least 1, timeout above 0")
+        whole = isinstance(parallel, int) and not isinstance(parallel, bool)
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not whole or parallel < 1 or not number or not 0 < timeout < float("inf"):
+            raise InputError(
+                f"parallel is {parallel!r} and timeout {timeout!r}; a whole number of at least 1, "
+                "and seconds above 0"
+            )
         self._model, self.parallel = model, parallel
         self.urls = [url.rstrip("/") for url in urls]
         key = os.environ.get(KEY) or os.environ.get("OPENAI_API_KEY") or "none"
@@ -68,13 +73,14 @@ class EndpointEngine(Engine):
             openai.OpenAI(api_key=key, base_url=url, timeout=timeout, max_retries=TRIES - 1)
             for url in self.urls
         ]
-        programs = [self._looked_at(client) for client in self._clients]
-        if len(set(programs)) > 1:
+        states = [self._steering(client) for client in self._clients]
+        if len(set(states)) > 1:
             raise InputError("the servers are armed with different programs; name replicas of one")
-        self.program = programs[0]
+        self.program, self._positions = states[0]
 
-    def _looked_at(self, client: openai.OpenAI) -> str | None:
-        """Key of the program that a server is armed with; None for a server that is not cmrm's."""
+    def _steering(self, client: openai.OpenAI) -> tuple[str | None, str]:
+        """Key of the program that a server is armed with, and the positions that it steers; None
+        for a server that is not cmrm's."""
         url = str(client.base_url).rstrip("/")
         try:
             names = [model.id for model in client.models.list().data]
@@ -86,13 +92,13 @@ class EndpointEngine(Engine):
             answer = client._client.get(url.removesuffix("/v1") + "/health")
             steering = json.loads(answer.text).get("steering")
         except (ValueError, AttributeError, OSError):  # another server's health is no JSON object
-            return None
+            return None, ""
         if not isinstance(steering, dict):
-            return None
+            return None, ""
         if not steering.get("armed"):
             reason = str(steering.get("reason", ""))[:200]
             raise EngineError(f"{url} says that its steering is not armed: {reason}")
-        return str(steering["program"])
+        return str(steering.get("program")), str(steering.get("positions"))
 
     @property
     def served_program(self) -> str | None:
@@ -125,8 +131,9 @@ class EndpointEngine(Engine):
     def context(self) -> dict[str, Any]:
         """Addresses, model and program: a server does not say more of its weights."""
         return {
-            "engine": self.name, "identity": self.program or "", "servers": sorted(self.urls),
-            "dtype": "unknown", "versions": {"cmrm": library_versions()["cmrm"]},
+            "engine": self.name, "identity": f"{self._model} {self.program or 'unarmed'}",
+            "servers": sorted(self.urls), "dtype": "unknown",
+            "versions": {"cmrm": library_versions()["cmrm"]},
         }  # fmt: skip
 
     def check_interventions(self, interventions: Sequence[Intervention]) -> None:
@@ -194,7 +201,9 @@ class EndpointEngine(Engine):
         text = str(answer.choices[0].message.content or "")
         tokens = 0 if answer.usage is None else answer.usage.completion_tokens
         outcome = getattr(answer, "cmrm", None) or {}
-        if self.program is not None and request.all_images and outcome.get("steered_tokens") == 0:
+        # Behind the prompt there is nothing to steer in a reply of one token.
+        wanted = self.program is not None and request.all_images and self._positions != "generated"
+        if wanted and outcome.get("steered_tokens") == 0:
             raise EngineError(f"{client.base_url} did not steer a request with an image")
         return Reply(text.strip(), tokens, outcome.get("gate_open"))
 

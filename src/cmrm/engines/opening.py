@@ -14,6 +14,8 @@ from cmrm.model.vlm import load_vlm
 
 LOCAL = ("transformers", "vllm")
 """Engines in this process."""
+SERVER_OPTIONS = ("parallel", "timeout")
+"""Options of `EndpointEngine`."""
 
 
 def open_engine(
@@ -46,11 +48,20 @@ def open_engine(
         refused = sorted(set(named) - {"dtype", "revision"})
         if refused:
             raise InputError(f"{refused[0]} does not go with the engine vllm")
-        from cmrm.engines.vllm.engine import VllmEngine
+        from cmrm.engines.vllm.engine import OWN, VllmEngine
 
+        taken = sorted(OWN & set(options))
+        if taken:
+            raise InputError(f"--engine-options: {taken[0]} is set by cmrm; leave it out")
         return VllmEngine(model, **named, **options)
     if named:
         raise InputError(f"{min(named)} is the server's to choose; it does not go with an address")
+    unknown = sorted(set(options) - set(SERVER_OPTIONS))
+    if unknown:
+        raise InputError(
+            f"--engine-options: {unknown[0]} is none of a server's; those are "
+            f"{' and '.join(SERVER_OPTIONS)}"
+        )
     from cmrm.engines.endpoint import EndpointEngine
 
     return EndpointEngine(model, [part.strip() for part in engine.split(",")], **options)

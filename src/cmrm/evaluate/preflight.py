@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cmrm.defenses import make_defense, respond
 from cmrm.engines.base import Decoding
+from cmrm.engines.opening import LOCAL
 from cmrm.errors import CmrmError
 from cmrm.evaluate.defended import fitted_file
 from cmrm.evaluate.folder import Folder
@@ -30,6 +31,10 @@ def preflight(plan: Plan, out: Path, *, registered: Weights | None = None) -> li
 
     `registered` are the weights of a registered model.
     """
+    engine = str(plan.model_options.get("engine", LOCAL[0]))
+    if engine not in LOCAL:
+        there = Finding(f"model {plan.model}", True, f"served at {engine}")
+        registered = Weights(0, True, there)
     judges = (*plan.judges, *([plan.rater] if plan.rater else []))
     model, findings = model_findings(
         plan.model, judges, plan.model_options.get("device_map"),

@@ -119,12 +119,16 @@ def evaluate(
 def _prepare(plan: Plan, engine: Engine, folder: Folder, *, say: Say) -> None:
     """Find everything that would stop the run before anything is generated."""
     for part in plan.parts():
-        part.check(engine)
+        try:
+            part.check(engine)
+        except EngineError as error:
+            raise _unmade(part.name, engine, error) from None
     for name in (*plan.judges, *([plan.rater] if plan.rater else [])):
         judge_named(name)
     _check_served(plan, engine)
+    _check_expressed(plan, engine, folder, fitted=False)
     fit_defenses(plan, engine, folder.fitted, say=say)
-    _check_expressed(plan, engine, folder)
+    _check_expressed(plan, engine, folder, fitted=True)
 
 
 def _check_served(plan: Plan, engine: Engine) -> None:
@@ -146,8 +150,9 @@ def _check_served(plan: Plan, engine: Engine) -> None:
         )
 
 
-def _check_expressed(plan: Plan, engine: Engine, folder: Folder) -> None:
-    """Refuse defences that the engine cannot make, by name: each is tried on one request.
+def _check_expressed(plan: Plan, engine: Engine, folder: Folder, *, fitted: bool) -> None:
+    """Refuse defences that the engine cannot make, by name: each is tried on one request, those
+    that have to be `fitted` after it.
 
     Raises:
         EngineError: it cannot make one.
@@ -159,7 +164,11 @@ def _check_expressed(plan: Plan, engine: Engine, folder: Folder) -> None:
     if sample is None:
         return
     request = build_request(sample, Condition.ORIGINAL)
-    for name in plan.all_defenses:
+    names = [
+        name for name in plan.all_defenses
+        if fitted == any(part.needs_fit for part in plan.defense(name).parts)
+    ]  # fmt: skip
+    for name in names:
         defense = built_defense(engine, name, plan.effective_settings, fitted=folder.fitted)
         try:
             asked = defense.rewrite(engine, [request])
@@ -167,9 +176,11 @@ def _check_expressed(plan: Plan, engine: Engine, folder: Folder) -> None:
             if defense.contrast(engine, asked) is not None and not engine.contrasts:
                 raise EngineError("it decodes no second conversation")
         except EngineError as error:
-            raise EngineError(
-                f"{name} cannot be made on the engine {engine.name}: {error}"
-            ) from None
+            raise _unmade(name, engine, error) from None
+
+
+def _unmade(name: str, engine: Engine, error: EngineError) -> EngineError:
+    return EngineError(f"{name} cannot be made on the engine {engine.name}: {error}")
 
 
 def _ask(

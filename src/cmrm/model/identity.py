@@ -138,22 +138,43 @@ class Identity:
         lines = []
         if self.architecture != other.architecture:
             lines.append(f"architecture {self.architecture} there, {other.architecture} here")
+        lines += self._text_differences(
+            other.config, other.processor, other.template, other.vocabulary
+        )
+        tensors = self.weights.differences(other.weights)
+        if tensors:
+            lines.append(f"other weights ({len(tensors)} tensors differ, the first: {tensors[0]})")
+        return lines
+
+    def unlike(self, config: Any, processor: Any) -> list[str]:
+        """What distinguishes the model from one that has this transformers config and processor,
+        its weights aside; empty where nothing does."""
+        template = hashlib.sha256(_template(processor).encode()).hexdigest()
+        return self._text_differences(
+            _flat(config.to_dict(), VOLATILE), _processor_values(processor), template,
+            _vocabulary(processor.tokenizer),
+        )  # fmt: skip
+
+    def _text_differences(
+        self,
+        config: Mapping[str, Any],
+        processor: Mapping[str, Any],
+        template: str,
+        vocabulary: str,
+    ) -> list[str]:
+        lines = []
         for title, there, here in (
-            ("config", self.config, other.config),
-            ("processor", self.processor, other.processor),
-        ):
+            ("config", self.config, config), ("processor", self.processor, processor),
+        ):  # fmt: skip
             for name in there:
                 if name in here and there[name] != here[name]:
                     lines.append(
                         f"{title} {name} {_short(there[name])} there, {_short(here[name])} here"
                     )
-        if self.template != other.template:
+        if self.template != template:
             lines.append("another chat template")
-        if self.vocabulary != other.vocabulary:
+        if self.vocabulary != vocabulary:
             lines.append("another vocabulary")
-        tensors = self.weights.differences(other.weights)
-        if tensors:
-            lines.append(f"other weights ({len(tensors)} tensors differ, the first: {tensors[0]})")
         return lines
 
     @property

@@ -1,4 +1,4 @@
-"""vLLM's model runners, armed with a program. Written for the versions in `TESTED`.
+"""vLLM's model runners, armed with a program.
 
 It fails closed. vLLM does not start where a version is untested, a feature was not shown to be
 right, or a decoder layer is not armed. A step with a request of which nothing is known raises,
@@ -7,7 +7,6 @@ instead of an answer that is not steered.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,15 +19,22 @@ import torch
 
 from cmrm.engines.vllm.board import Board
 from cmrm.engines.vllm.matching import check_loaded
+from cmrm.engines.vllm.patches import (
+    check_features,
+    check_version,
+    refuse_beams,
+    salt_compilations,
+    salt_requests,
+    wrap,
+)
 from cmrm.engines.vllm.program import Program
+from cmrm.engines.vllm.self_test import self_test
 from cmrm.engines.vllm.stepping import State, before_dummy, before_step, state_of
 from cmrm.errors import InputError, ModelError
 from cmrm.model.identity import Identity
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.steering.setting import Steering
 
-TESTED = ("0.32",)
-"""Versions of vLLM, major and minor, that the parity contract was run on."""
 LAYERS = (
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
 )  # fmt: skip
@@ -37,10 +43,6 @@ MARGIN = 512
 """Tokens of padding that a captured graph may have beyond those of a batch."""
 SLOTS = 8
 """Decisions that are held, for each request that a batch can have."""
-SELF_TEST_TOKENS = 8
-"""Of the passes that show at the start that steering works."""
-SELF_TEST_TARGET = 1e3
-"""Coordinate that `fill` is asked for there."""
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _log = logging.getLogger("cmrm.vllm")
 
@@ -83,23 +85,23 @@ def arm_vllm() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _salt_compilations(VllmConfig, armed.program.key)
-    _salt_requests(Request, armed.program.key)
+    salt_compilations(VllmConfig, armed.program.key)
+    salt_requests(Request, armed.program.key)
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-    _refuse_beams(BeamSearchOfflineMixin, BeamSearchOnlineMixin)
+    refuse_beams(BeamSearchOfflineMixin, BeamSearchOnlineMixin)
     for runner in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(runner):
-            _wrap(runner, "load_model", _after_loading)
-    _wrap(GPUModelRunner, "_preprocess", before_step)
-    _wrap(GPUModelRunner, "_dummy_run", before_dummy)
+            wrap(runner, "load_model", _after_loading)
+    wrap(GPUModelRunner, "_preprocess", before_step)
+    wrap(GPUModelRunner, "_dummy_run", before_dummy)
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
     for worker in (Worker, CPUWorker):
         if "compile_or_warm_up_model" in vars(worker):
-            _wrap(worker, "compile_or_warm_up_model", _after_warm_up)
+            wrap(worker, "compile_or_warm_up_model", _after_warm_up)
     Worker.cmrm_status = status
     Worker.cmrm_outcome = outcome
     if armed.changes:
@@ -107,7 +109,7 @@ def arm_vllm() -> None:
         Worker.cmrm_take = take
     for name in ("reload_weights", "update_weights"):
         if hasattr(Worker, name):
-            _wrap(Worker, name, _not_while_armed)
+            wrap(Worker, name, _not_while_armed)
 
 
 def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
@@ -136,86 +138,6 @@ def is_armed_with_artifact() -> bool:
     return bool(os.environ.get("CMRM_SHIFT")) or (armed is not None and not armed.changes)
 
 
-def check_version() -> str:
-    """vLLM's version.
-
-    Raises:
-        InputError: it is none of `TESTED`, or the untested second model runner is asked for.
-    """
-    import vllm
-
-    version = str(vllm.__version__)
-    if ".".join(version.split(".")[:2]) not in TESTED:
-        raise InputError(
-            f"vLLM {version} is not tested with cmrm (tested: {', '.join(TESTED)}): its requests "
-            "could go unsteered; install a tested version"
-        )
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
-        raise InputError("VLLM_USE_V2_MODEL_RUNNER: that model runner is not armed; unset it")
-    return version
-
-
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace a method by `around(original, self, ...)`."""
-    original = getattr(owner, name)
-
-    def method(self: Any, *args: Any, **more: Any) -> Any:
-        return around(original, self, *args, **more)
-
-    setattr(owner, name, method)
-
-
-def _salt_compilations(config: Any, key: str) -> None:
-    """Compiled graphs of another program are never used."""
-    original = config.compute_hash
-
-    def compute_hash(self: Any, *args: Any, **more: Any) -> str:
-        text = f"{original(self, *args, **more)} cmrm {key}"
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-    config.compute_hash = compute_hash
-
-
-def _salt_requests(request: Any, key: str) -> None:
-    """Cached blocks of an image request are shared with no other: its tokens may be steered.
-
-    A request that cannot be steered rightly fails here, alone.
-    """
-    original = request.from_engine_core_request.__func__
-
-    def from_engine_core_request(cls: Any, made: Any, *args: Any, **more: Any) -> Any:
-        _check_request(made)
-        if made.mm_features:
-            made.cache_salt = f"cmrm {key} {made.request_id}"
-        return original(cls, made, *args, **more)
-
-    request.from_engine_core_request = classmethod(from_engine_core_request)
-
-
-def _check_request(made: Any) -> None:
-    """Refuse a request whose steering was not shown to be right.
-
-    Raises:
-        ModelError: it carries something else than images, or grows while it is answered.
-    """
-    others = sorted({part.modality for part in made.mm_features or ()} - {"image"})
-    if others:
-        raise ModelError(f"cmrm: the request carries {', '.join(others)}; images alone are tested")
-    if getattr(made, "resumable", False) or made.prompt_embeds is not None:
-        raise ModelError("cmrm: requests that grow, or that are embeddings, are not tested")
-
-
-def _refuse_beams(*owners: Any) -> None:
-    """Each step of vLLM's beam search is a new request whose prompt ends with what was generated:
-    which of its tokens are generated cannot be known."""
-
-    def refuse(*args: Any, **more: Any) -> Any:
-        raise ValueError("cmrm: beam search cannot be steered; ask without it")
-
-    for owner in owners:
-        owner.beam_search = refuse
-
-
 def _after_loading(original: Callable[..., Any], runner: Any, *args: Any, **more: Any) -> Any:
     outcome = original(runner, *args, **more)
     _arm(runner, _state["armed"])
@@ -233,7 +155,7 @@ def _arm(runner: Any, armed: _Armed) -> None:
         ModelError: a feature was not shown to be right, or a layer cannot be armed.
         ArtifactError: the artifact is another model's.
     """
-    _check_features(runner)
+    check_features(runner)
     if armed.changes and not runner.model_config.enforce_eager:
         raise ModelError("cmrm: programs that change need vLLM eager; set enforce_eager")
     program, config = armed.program, runner.model_config.hf_text_config
@@ -260,37 +182,6 @@ def _arm(runner: Any, armed: _Armed) -> None:
         "none" if program.gate is None else f"at layer {program.gate.layers[-1]}",
         program.key[:12],
     )  # fmt: skip
-
-
-def _check_features(runner: Any) -> None:
-    """Refuse what the parity contract does not hold for.
-
-    Raises:
-        ModelError: such a feature is on.
-    """
-    config = runner.vllm_config
-    parallel = config.parallel_config
-    refused = {
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "speculative decoding": config.speculative_config is not None,
-        "micro-batches": bool(parallel.use_ubatching),
-        "context parallelism": max(
-            parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size
-        )
-        > 1,
-        "sleep mode": bool(runner.model_config.enable_sleep_mode),
-        "transfer of KV, encoder states or weights": any(
-            getattr(config, f"{name}_transfer_config", None) is not None
-            for name in ("kv", "ec", "weight")
-        ),
-        "prompt embeddings": bool(getattr(runner, "enable_prompt_embeds", False)),
-        "LoRA": config.lora_config is not None,
-    }
-    on = [name for name, there in refused.items() if there]
-    if on:
-        raise ModelError(
-            f"{', '.join(on)}: not tested with cmrm, requests could go unsteered; turn it off"
-        )
 
 
 def _layers(runner: Any, count: int) -> dict[int, Any]:
@@ -357,10 +248,11 @@ def arm_again(worker: Any, program: bytes) -> str:
     """
     runner, armed = worker.model_runner, _state["armed"]
     for layer in runner.cmrm_layers.values():
-        del layer.cmrm_step, layer.cmrm_board
+        for name in ("cmrm_step", "cmrm_board"):
+            vars(layer).pop(name, None)
     armed.program = Program.from_bytes(program)
     _arm(runner, armed)
-    _self_test(runner)
+    self_test(runner)
     return armed.program.key
 
 
@@ -388,41 +280,6 @@ def _after_warm_up(original: Callable[..., Any], worker: Any, *args: Any, **more
     outcome = original(worker, *args, **more)
     runner = worker.model_runner
     if not getattr(runner, "cmrm_tested", False):
-        _self_test(runner)
+        self_test(runner)
         runner.cmrm_tested = True
     return outcome
-
-
-def _self_test(runner: Any) -> None:
-    """Show on passes that answer nobody that steered tokens move, and that others do not.
-
-    Raises:
-        ModelError: they do not, or they do.
-    """
-    state = state_of(runner)
-    board, program = state.board, state.program
-    moving = any(bool(tensor.any()) for tensor in program.adds.values()) or bool(program.fills)
-    n = min(SELF_TEST_TOKENS, runner.max_num_tokens)
-
-    def passed(steered: slice) -> torch.Tensor:
-        board.clear()
-        board.mask[steered] = 1.0
-        board.held.fill_(1.0)
-        board.slot[:n] = 0
-        board.target.fill_(SELF_TEST_TARGET)
-        state.testing = True
-        try:
-            states, _ = runner._dummy_run(n, force_attention=True)
-        finally:
-            state.testing = False
-            board.clear()
-            board.held.zero_()
-        return torch.as_tensor(states[:n]).float().clone()
-
-    plain, all_of_them = passed(slice(0, 0)), passed(slice(0, n))
-    again = passed(slice(0, 0))
-    if moving and bool((plain == all_of_them).all(dim=-1).any()):
-        raise ModelError("cmrm: the self-test failed, a steered token did not move; not started")
-    if not torch.equal(plain, again):
-        raise ModelError("cmrm: the self-test failed, an unsteered pass moved; not started")
-    _log.warning("cmrm: self-test passed on %d tokens", n)

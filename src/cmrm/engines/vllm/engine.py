@@ -8,10 +8,7 @@ cannot express is refused before a request is sent.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Event, RLock
@@ -23,9 +20,12 @@ from cmrm.engines.base import Contrast, Decoding, Engine, EngineError, Reply
 from cmrm.engines.first_token import first_tokens
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.engines.vllm.checkpoint import readable_by_vllm, stored_tensors
+from cmrm.engines.vllm.matching import check_checkpoint, config_and_processor
 from cmrm.engines.vllm.program import Program, targets_of
+from cmrm.engines.vllm.starting import need_vllm, one_line, started
 from cmrm.engines.vllm.stepping import REQUEST_KEY
-from cmrm.errors import InputError, MissingExtraError, ModelError
+from cmrm.errors import ArtifactError, InputError
+from cmrm.files import sha256_file
 from cmrm.model.encode import adds_special_tokens, rendered
 from cmrm.model.vlm import checkpoint_folder, image_token_of, load_vlm, placeholders_of
 from cmrm.prompts.conditions import Request
@@ -35,8 +35,11 @@ from cmrm.steering.intervention import Intervention
 
 MOST_IMAGES = 8
 """Images a request."""
-SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-"""Environment of vLLM's start: its engine runs in this process, its first model runner."""
+OWN = frozenset([
+    "model", "dtype", "revision", "enforce_eager", "worker_cls", "worker_extension_cls",
+    "speculative_config", "trust_remote_code",
+])  # fmt: skip
+"""Options of `vllm.LLM` that are set here, or under which steering was not shown to be right."""
 _REMEDY = "use --engine transformers"
 _NO_CONTRAST = f"the engine vllm cannot decode two conversations side by side; {_REMEDY}"
 
@@ -65,29 +68,16 @@ class VllmEngine(Engine):
             MissingExtraError: vLLM is not installed. InputError: its version is not tested, or an
                 option is not taken. ModelError: the model cannot be loaded, or not be armed.
         """
-        refused = sorted({"enforce_eager", "worker_cls", "speculative_config"} & set(options))
-        if refused:
-            raise InputError(f"{refused[0]} is set by cmrm's engine on vLLM; leave it out")
-        _need_vllm()
+        need_vllm("the engine vllm")
         self._model = model
         self._lock = RLock()
         self.revision = revision
-        source = checkpoint_folder(model, revision=revision)
-        self.folder = readable_by_vllm(source)
-        from transformers import AutoConfig, AutoProcessor
-
-        from cmrm.model.compat import patch_torchvision
-
-        patch_torchvision()
-        try:
-            self.config = AutoConfig.from_pretrained(self.folder)
-            self.processor = AutoProcessor.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"cannot read {model}: {_line(error)}") from error
+        self.folder = readable_by_vllm(checkpoint_folder(model, revision=revision))
+        self.config, self.processor = config_and_processor(self.folder)
         self.tokenizer = self.processor.tokenizer
         self.placeholders = placeholders_of(self.processor, image_token_of(self.config))
         self._text = self.config.get_text_config()
-        self._llm = _started(
+        self._llm = started(
             self.folder,
             {"dtype": dtype, "limit_mm_per_prompt": {"image": MOST_IMAGES}, **options},
         )
@@ -150,16 +140,15 @@ class VllmEngine(Engine):
             raise EngineError(f"the engine vllm cannot do this: {error}; {_REMEDY}") from None
 
     def accept(self, artifact: Artifact | ShiftVectors) -> None:
-        """Refuse an artifact of another model: shapes, and two projections of every layer."""
-        from cmrm.engines.vllm.matching import check_files
-
+        """Refuse an artifact of another model: shapes, two projections of every decoder layer,
+        config, image processing, chat template, vocabulary."""
         made = artifact.provenance
         if (made.n_layers, made.hidden_size) != (self.n_layers, self.hidden_size):
-            raise InputError(
+            raise ArtifactError(
                 f"the artifact has {made.n_layers} layers of width {made.hidden_size}, the model "
                 f"{self.n_layers} of width {self.hidden_size}"
             )
-        check_files(self.folder, artifact.identity)
+        check_checkpoint(self.folder, artifact.identity)
 
     def answer(
         self,
@@ -344,61 +333,7 @@ class VllmEngine(Engine):
             TypeError,
             VLLMClientError,
         ) as error:  # a prompt that is too long, an image it refuses
-            raise InputError(f"vLLM refuses a request: {_line(error)}") from error
-
-
-def _need_vllm() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("vllm") is None:
-        raise MissingExtraError(
-            "the engine vllm needs vLLM in the same environment: run tools/vllm_env.sh FOLDER, "
-            "then FOLDER/bin/cmrm (docs/engines.md)"
-        )
-    from cmrm.engines.vllm.arming import check_version
-
-    check_version()
-
-
-def _started(folder: Path, options: dict[str, Any]) -> Any:
-    """A `vllm.LLM` that takes programs.
-
-    Raises:
-        ModelError: it does not start.
-    """
-    from cmrm.engines.vllm import arming
-
-    if arming.is_armed_with_artifact():
-        raise EngineError("CMRM_SHIFT arms vLLM in this process; unset it, and pass the artifact")
-    with _environment({**SETTINGS, "CMRM_PROGRAMS": "1"}):
-        from vllm import LLM
-
-        try:
-            llm = LLM(
-                model=str(folder), enforce_eager=True, disable_log_stats=True,
-                mm_processor_cache_gb=0, **options,
-            )  # fmt: skip
-        except TypeError as error:
-            raise InputError(f"vLLM does not take an option: {_line(error)}") from error
-        except (ValueError, RuntimeError, OSError, AssertionError, NotImplementedError) as error:
-            raise ModelError(f"vLLM cannot load {folder}: {_line(error)}") from error
-    if not hasattr(llm.llm_engine.model_executor, "collective_rpc"):
-        raise EngineError("this vLLM has no workers that can be armed")
-    return llm
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+            raise InputError(f"vLLM refuses a request: {one_line(error)}") from error
 
 
 def _sampling(options: Decoding) -> dict[str, Any]:
@@ -422,29 +357,17 @@ def _check_steered(
         steered = outcomes.get(str(k), {}).get("steered")
         if steered is None:
             raise EngineError(f"vLLM says nothing of the request {k}; no reply is given")
-        wanted = bool(request.all_images) and any(part.edits for part in interventions)
-        if interventions and interventions[0].positions == "generated":
-            continue  # a reply of one token has none behind it
-        if (wanted and not steered) or (steered and not request.all_images):
+        # Behind the prompt there is nothing to steer in a reply of one token.
+        behind = any(part.positions == "generated" for part in interventions)
+        wanted = any(part.edits for part in interventions) and not behind
+        if (steered > 0) != bool(request.all_images) and (steered > 0 or wanted):
             raise EngineError(f"vLLM steered the request {k} wrongly; no reply is given")
 
 
 def _key_of(folder: Path) -> str:
-    """Hex sha256 of the checkpoint: small files byte by byte, tensors by name, shape and samples of
-    two projections of every decoder layer."""
-    from cmrm.engines.vllm.matching import stored_projections
-    from cmrm.model.weights import sample_of
-
+    """Hex sha256 of a checkpoint, byte by byte: the same replies come from the same files alone."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
-            digest.update(f"\x00{file.name}\x00".encode() + file.read_bytes())
-    for name, shape in stored_tensors(folder):
-        digest.update(json.dumps([name, shape]).encode())
-    for place, tensor in stored_projections(folder):
-        digest.update(f"\x00{place}".encode() + sample_of(tensor).float().numpy().tobytes())
+        if file.is_file():
+            digest.update(f"\x00{file.name}\x00{sha256_file(file)}".encode())
     return digest.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

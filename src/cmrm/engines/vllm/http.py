@@ -240,8 +240,8 @@ class Teller:
             body = message.get("body", b"")
             at = _end_of(body) if self._streams else None
             if at is not None:
-                told = b": cmrm " + json.dumps(await self._outcome()).encode() + b"\n\n"
-                message = {**message, "body": body[:at] + told + body[at:]}
+                comment = b": cmrm " + json.dumps(await self._outcome()).encode() + b"\n\n"
+                message = {**message, "body": body[:at] + comment + body[at:]}
             await self._send(message)
 
     async def _whole(self, start: Message) -> None:

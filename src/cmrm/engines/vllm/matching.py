@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cmrm.errors import ArtifactError
-from cmrm.model.identity import Identity
+from cmrm.errors import ArtifactError, ModelError
+from cmrm.model.compat import patch_torchvision
+from cmrm.model.identity import Identity, summary
 from cmrm.model.weights import alike, kind_of, sample_of
 
 _NORM = re.compile(r"\blayers\.(\d+)\.(input_layernorm|post_attention_layernorm)\.weight$")
@@ -35,6 +36,37 @@ def check_loaded(layers: dict[int, Any], identity: Identity | None) -> None:
         (((n, part), getattr(layer, part).weight) for n, layer in layers.items() for part in parts),
         identity, _NORM,
     )  # fmt: skip
+
+
+def check_checkpoint(folder: Path, identity: Identity | None) -> None:
+    """Compare a checkpoint on disk with the artifact's model: two projections of every decoder
+    layer, config, image processing, chat template and vocabulary.
+
+    Raises:
+        ArtifactError: they differ, or nothing can be compared. ModelError: the folder cannot be
+            read.
+    """
+    check_files(folder, identity)
+    assert identity is not None
+    differences = identity.unlike(*config_and_processor(folder))
+    if differences:
+        raise ArtifactError(f"the artifact was estimated on another model: {summary(differences)}")
+
+
+def config_and_processor(folder: Path) -> tuple[Any, Any]:
+    """transformers' config and processor of a checkpoint.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    patch_torchvision()
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"cannot read config and processor of {folder}: {reason}") from error
 
 
 def check_files(folder: Path, identity: Identity | None) -> None:

@@ -1,0 +1,124 @@
+"""What is changed in vLLM itself, and what is refused there, for the versions in `TESTED`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from cmrm.errors import InputError, ModelError
+
+TESTED = ("0.32",)
+"""Versions of vLLM, major and minor, that the parity contract was run on."""
+
+
+def check_version() -> str:
+    """vLLM's version.
+
+    Raises:
+        InputError: it is none of `TESTED`, or the untested second model runner is asked for.
+    """
+    import vllm
+
+    version = str(vllm.__version__)
+    if ".".join(version.split(".")[:2]) not in TESTED:
+        raise InputError(
+            f"vLLM {version} is not tested with cmrm (tested: {', '.join(TESTED)}): its requests "
+            "could go unsteered; install a tested version"
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        raise InputError("VLLM_USE_V2_MODEL_RUNNER: that model runner is not armed; unset it")
+    return version
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by `around(original, self, ...)`."""
+    original = getattr(owner, name)
+
+    def method(self: Any, *args: Any, **more: Any) -> Any:
+        return around(original, self, *args, **more)
+
+    setattr(owner, name, method)
+
+
+def salt_compilations(config: Any, key: str) -> None:
+    """Compiled graphs of another program are never used."""
+    original = config.compute_hash
+
+    def compute_hash(self: Any, *args: Any, **more: Any) -> str:
+        text = f"{original(self, *args, **more)} cmrm {key}"
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    config.compute_hash = compute_hash
+
+
+def salt_requests(request: Any, key: str) -> None:
+    """Cached blocks of an image request are shared with no other: its tokens may be steered.
+
+    A request that cannot be steered rightly fails here, alone.
+    """
+    original = request.from_engine_core_request.__func__
+
+    def from_engine_core_request(cls: Any, made: Any, *args: Any, **more: Any) -> Any:
+        _check_request(made)
+        if made.mm_features:
+            made.cache_salt = f"cmrm {key} {made.request_id}"
+        return original(cls, made, *args, **more)
+
+    request.from_engine_core_request = classmethod(from_engine_core_request)
+
+
+def _check_request(made: Any) -> None:
+    """Refuse a request whose steering was not shown to be right.
+
+    Raises:
+        ModelError: it carries something else than images, or grows while it is answered.
+    """
+    others = sorted({part.modality for part in made.mm_features or ()} - {"image"})
+    if others:
+        raise ModelError(f"cmrm: the request carries {', '.join(others)}; images alone are tested")
+    if getattr(made, "resumable", False) or made.prompt_embeds is not None:
+        raise ModelError("cmrm: requests that grow, or that are embeddings, are not tested")
+
+
+def refuse_beams(*owners: Any) -> None:
+    """Each step of vLLM's beam search is a new request whose prompt ends with what was generated:
+    which of its tokens are generated cannot be known."""
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise ValueError("cmrm: beam search cannot be steered; ask without it")
+
+    for owner in owners:
+        owner.beam_search = refuse
+
+
+def check_features(runner: Any) -> None:
+    """Refuse what the parity contract does not hold for.
+
+    Raises:
+        ModelError: such a feature is on.
+    """
+    config = runner.vllm_config
+    parallel = config.parallel_config
+    refused = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "micro-batches": bool(parallel.use_ubatching),
+        "context parallelism": max(
+            parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size
+        )
+        > 1,
+        "sleep mode": bool(runner.model_config.enable_sleep_mode),
+        "transfer of KV, encoder states or weights": any(
+            getattr(config, f"{name}_transfer_config", None) is not None
+            for name in ("kv", "ec", "weight")
+        ),
+        "prompt embeddings": bool(getattr(runner, "enable_prompt_embeds", False)),
+        "LoRA": config.lora_config is not None,
+    }
+    on = [name for name, there in refused.items() if there]
+    if on:
+        raise ModelError(
+            f"{', '.join(on)}: not tested with cmrm, requests could go unsteered; turn it off"
+        )
