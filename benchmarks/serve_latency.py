@@ -1,5 +1,8 @@
 """`serve_p95_ratio`: 95th percentile of the time to a whole reply, `cmrm serve` / vLLM's server.
 
+Each request has an image of its own. `serve_p95_ratio_same_image`: all have the same one, whose
+cached blocks vLLM's server shares; an armed one shares none between image requests.
+
 Run it in vLLM's environment: `DIR/bin/python benchmarks/serve_latency.py` (tools/vllm_env.sh DIR).
 Both servers run at once and are asked by turns, so that one is idle while the other is measured. A
 random LLaVA of SmolLM2's sizes; every other request carries an image; the harm gate is armed.
@@ -16,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,12 +90,26 @@ def measure(root: Path, options: Any) -> None:
 
 
 def compare(clients: list[OpenAI], options: Any) -> None:
-    """Print the median over pairs of the ratio of both 95th percentiles."""
+    """Print the median over pairs of the ratio of both 95th percentiles, for both kinds of load."""
+    draw = np.random.default_rng(0)
+
+    def fresh() -> str:
+        pixels = draw.integers(0, 256, (336, 336, 3), dtype=np.uint8)
+        return data_uri(Image.fromarray(pixels))
+
+    same = fresh()
+    for figure, picture in (
+        ("serve_p95_ratio", fresh), ("serve_p95_ratio_same_image", lambda: same),
+    ):  # fmt: skip
+        figure_of(figure, picture, clients, options)
+
+
+def figure_of(figure: str, picture: Callable[[], str], clients: list[OpenAI], options: Any) -> None:
+    """Print one figure; `picture` gives the image of each request, as a data URI."""
     n = 4 if options.tiny else options.requests
     pairs = 1 if options.tiny else options.pairs
-    uri = data_uri(Image.new("RGB", (336, 336), "red"))
 
-    def ask(client: OpenAI, k: int) -> float:
+    def ask(client: OpenAI, k: int, uri: str) -> float:
         content: list[Any] = [{"type": "text", "text": f"Tell me of the number {k}."}]
         if k % 2:
             content.insert(0, {"type": "image_url", "image_url": {"url": uri}})
@@ -103,8 +121,10 @@ def compare(clients: list[OpenAI], options: Any) -> None:
         return time.perf_counter() - start
 
     def p95(client: OpenAI) -> float:
+        uris = [picture() for _ in range(n)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return float(np.percentile(list(pool.map(lambda k: ask(client, k), range(n))), 95))
+            seconds = list(pool.map(lambda k: ask(client, k, uris[k]), range(n)))
+        return float(np.percentile(seconds, 95))
 
     for client in clients:
         p95(client)
@@ -120,7 +140,7 @@ def compare(clients: list[OpenAI], options: Any) -> None:
         "seconds": [round(statistics.median(t[k] for t in times), 3) for k in (0, 1)],
     }  # fmt: skip
     facts = {"requests": n, "tokens": options.tokens, "at_once": AT_ONCE, "dtype": DTYPE}
-    report("serve_p95_ratio", ratio, **facts, target=1.08)
+    report(figure, ratio, **facts, target=1.08)
 
 
 def free_port() -> int:

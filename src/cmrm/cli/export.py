@@ -36,7 +36,7 @@ def fold(
     gate: c.GateOption = None,
     revision: c.RevisionOption = None,
 ) -> None:
-    """Fold a constant addition into a copy of the checkpoint: any engine, no cost.
+    """Fold a constant addition into a copy of the checkpoint, for any engine.
 
     For Llama-type backbones. The copy steers text-only requests and every position too, so that
     the setting has to say so: --positions all.

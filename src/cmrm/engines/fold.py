@@ -6,7 +6,7 @@ In a Llama-type backbone the output of decoder block l is
 
 and a bias b_l of `down_proj` adds b_l to it at every position: h_l <- h_l + b_l. So a checkpoint
 with `mlp_bias: true`, gate and up biases of zero and b_l = alpha delta_l steers in any engine that
-reads it, at no cost. It cannot look at the request: text-only input is steered too, and every
+reads it, without a hook. It cannot look at the request: text-only input is steered too, and every
 position is.
 """
 
@@ -312,7 +312,7 @@ tags: [cmrm, activation-steering, safety, vision-language-model]
 
 A CMRM shift (Liu et al., arXiv 2410.09047) is folded into the biases of `mlp.down_proj`: the output
 of the decoder blocks {layer_ranges(steered) if steered else "(none)"} (0-based) is moved by a
-constant, in any engine that reads this checkpoint and at no cost. The original tensors are
+constant, in any engine that reads this checkpoint. The original tensors are
 unchanged; biases stand beside them in `{BIASES}`.
 
 **It steers everything.** A bias cannot see whether a request has an image: text-only requests are
