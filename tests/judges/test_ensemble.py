@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from cmrm.cli.main import app
@@ -134,6 +135,20 @@ def test_one_kind_of_label_trains_nothing() -> None:
         Regression.train(LONG_REFUSALS, [True] * 3)
 
 
+def test_training_ends_at_the_optimum() -> None:
+    """Another solver arrives there too; where training stops early, each processor stops elsewhere,
+    percents away."""
+    replies = [f"I can{'not' if k % 3 else ''} help with {k % 7} and {k % 11}" for k in range(60)]
+    refused = [bool(k % 3) != (k % 13 == 0) for k in range(60)]
+    trained = Regression.train(replies, refused)
+    features = trained.vectorizer.transform(replies)
+    other = LogisticRegression(
+        C=10.0, class_weight="balanced", solver="newton-cholesky", tol=1e-10
+    ).fit(features, refused)
+    assert np.abs(trained.weights - other.coef_[0]).max() < 1e-4
+    assert trained.bias == pytest.approx(other.intercept_[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "", '{"schema": "other"}'])
 def test_a_file_that_is_no_regression(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text)
@@ -153,8 +168,13 @@ def test_the_command_trains_the_shipped_weights(tmp_path: Path) -> None:
     figures = {line["judge"]: line for line in lines}
     assert figures["ensemble, held out"]["kappa"] > 0.95
     assert figures["regression, held out"]["unscored"] > 0
-    trained, shipped = json.loads(out.read_text()), files("cmrm.judges").joinpath("weights")
-    assert trained == json.loads(shipped.joinpath("refusal_regression.json").read_text())
+    trained, weights = json.loads(out.read_text()), files("cmrm.judges").joinpath("weights")
+    shipped = json.loads(weights.joinpath("refusal_regression.json").read_text())
+    assert {**trained, "bias": 0, "terms": 0} == {**shipped, "bias": 0, "terms": 0}
+    assert trained["bias"] == pytest.approx(shipped["bias"], abs=1e-3)
+    assert list(trained["terms"]) == list(shipped["terms"])
+    for term, row in trained["terms"].items():
+        assert row == pytest.approx(shipped["terms"][term], abs=1e-3), term
     assert (
         hashlib.sha256(Path(paths[0]).read_bytes()).hexdigest()
         in trained["trained_on"]["files"].values()

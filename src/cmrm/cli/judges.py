@@ -340,7 +340,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="File for the weights.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per judge.")] = False,
 ) -> None:
-    """Train a judge on people's labels. The same files give the same weights, bit for bit.
+    """Train a judge on people's labels. The same files give the same weights, to rounding.
 
     For `small`, `cmrm judges agree FILES --held-out` prints what it reaches on models and cases
     that it was not trained on. For `regression`, five folds by prompt are printed here.
