@@ -105,7 +105,20 @@ def demo_results() -> dict[str, Any]:
     plane = {"explained": [0.5, 0.25], "points": points}
     geometry = {
         "relative_distance_to_query": curve, "cosine_to_query": curve,
-        "pca": {"0": plane, "2": plane},
+        "refusal_coordinate": curve, "pca": {"0": plane, "2": plane},
+        "gate": {
+            "layers": [1], "threshold": 0.5, "scores": {"harmful": [0.9, 0.2], "benign": [0.1]}
+        },
+        "positions": {
+            "original": {
+                "offsets": [-2, -1], "n": [9, 10], "tokens": [None, ":"],
+                "relative_distance": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+            }
+        },
+        "samples": [
+            {"label": "harmful", "category": "a_category", "request": "a </script> request"},
+            {"label": "benign", "request": "another one"},
+        ],
         "corruptions": {"blank": {"cosine": [1.0, 1.0], "norm_ratio": [1.0, 1.0]}},
     }  # fmt: skip
     shift = {"n_anchors": 4, "norms": [1.0, 2.0, 3.0], "explained_ratio": [0.9, 0.8, 0.7]}

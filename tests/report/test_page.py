@@ -17,7 +17,7 @@ from cmrm.errors import InputError
 from cmrm.report.page import rendered, write_report
 from report.samples import cell, demo_results, evaluation_results, replies_results, results
 
-VOID = {"meta", "img", "source", "br"}
+VOID = {"meta", "img", "source", "br", "input"}
 
 
 def diagnosis_results() -> dict[str, Any]:
@@ -102,6 +102,32 @@ def test_sections_of_the_demo() -> None:
         "Verdicts that changed",
         "Settings and versions",
     ]
+
+
+def test_the_layer_explorer_has_its_data_and_pictures_for_paper() -> None:
+    text = page_of("demo")
+    found = re.search(r'<script type="application/json" id="states-data">(.*?)</script>', text)
+    assert found is not None
+    data = json.loads(found[1])
+    assert data["layers"] == 3
+    assert [name["key"] for name in data["names"]] == [
+        "original", "blank", "noise", "caption", "query",
+    ]  # fmt: skip
+    assert [line["title"] for line in data["lines"]][2] == "Refusal coordinate"
+    assert data["samples"] == ["harmful, a category, a </script> request", "benign, another one"]
+    assert data["positions"]["original"]["labels"] == ["-2", "-1 ':'"]
+    assert data["gate"]["threshold"] == 0.5
+    assert len({name["colour"] for name in data["names"]}) == 5
+    assert '<div class="still">' in text
+
+
+def test_results_of_before_have_what_they_hold() -> None:
+    results = demo_results()
+    for name in ("refusal_coordinate", "gate", "positions", "samples", "pca"):
+        del results["geometry"][name]
+    text = rendered(results)[0]
+    assert 'id="states-data"' in text
+    assert "explorer" not in page_of("evaluation").split("<body>")[1]
 
 
 def test_sections_of_an_evaluation() -> None:

@@ -39,7 +39,7 @@ from cmrm.measure.environment import (
     versions_info,
 )
 from cmrm.measure.examples import examples_of
-from cmrm.measure.geometry import represent
+from cmrm.measure.geometry import Compass, represent
 from cmrm.measure.loop import Answering, measure_cell
 from cmrm.measure.outcomes import Cell, joined, kind_of
 from cmrm.measure.schema import checked
@@ -86,10 +86,13 @@ class Prompts:
     """Harmful requests of the alpha sweep."""
     drawn: Sequence[Sample]
     """Harmful requests whose states are plotted."""
+    drawn_benign: Sequence[Sample]
+    """Benign look-alikes, for what the harm gate reads."""
 
     @classmethod
     def of(cls, budget: Budget) -> Prompts:
         """The samples that a budget pays for."""
+        some = budget.geometry_per_category
         return cls(
             anchors=prompt_samples("anchor", "harmful", per_category=budget.anchors_per_category),
             lookalikes=prompt_samples("anchor", "benign", per_category=budget.anchors_per_category),
@@ -97,7 +100,10 @@ class Prompts:
             benign=prompt_samples("test", "benign", per_category=budget.per_category),
             questions=visual_questions("test", budget.vqa, seed=budget.seed),
             swept=prompt_samples("test", "harmful", per_category=budget.sweep_per_category),
-            drawn=prompt_samples("test", "harmful", per_category=budget.geometry_per_category),
+            drawn=prompt_samples("test", "harmful", per_category=some),
+            drawn_benign=prompt_samples(
+                "test", "benign", per_category=budget.geometry_per_category
+            ),
         )
 
     def passes(self, budget: Budget) -> int:
@@ -106,8 +112,11 @@ class Prompts:
         defenses = 5 if budget.mixed else 4
         defended = defenses * (both + len(self.questions)) + len(self.questions)
         untouched = len(FIVE) * len(self.harmful) + 2 * len(self.benign)
-        states = len(FIVE) * len(self.drawn)
-        return defended + untouched + states + len(ALPHAS) * len(self.swept)
+        return defended + untouched + self.states(defenses) + len(ALPHAS) * len(self.swept)
+
+    def states(self, defenses: int) -> int:
+        """Prompts whose states are read, of them under so many defences."""
+        return (len(FIVE) + defenses) * len(self.drawn) + 2 * len(self.drawn_benign)
 
 
 def visual_questions(published: str, n: int | None, *, seed: int = 0) -> list[Sample]:
@@ -116,6 +125,8 @@ def visual_questions(published: str, n: int | None, *, seed: int = 0) -> list[Sa
     return [replace(sample, answer=answer) for sample, answer in drawn]
 
 
+GEOMETRY = 2
+"""Form of the stored geometry."""
 JUDGES = (DEFAULT_JUDGE, "keyword")
 """Judges of the demo; rates that are printed are the first one's."""
 
@@ -188,24 +199,32 @@ class Bench:
             points.append({"alpha": alpha, "defense": defense.name, "judge": DEFAULT_JUDGE, **rate})
         return points
 
-    def geometry(self, samples: Sequence[Sample], file: Path) -> dict[str, Any]:
-        """Distances and planes of the five conditions' states; from `file` where it holds them."""
+    def geometry(
+        self, prompts: Prompts, defenses: Sequence[Defense], shift: ShiftVectors, file: Path
+    ) -> dict[str, Any]:
+        """Where the states of the five conditions and of the defences lie; from `file` where it
+        holds them."""
+        budget = self.budget
+        samples, lookalikes = prompts.drawn, prompts.drawn_benign
         inputs = [
-            self.engine.context(),
-            set_hash(samples),
-            self.budget.seed,
-            self.budget.batch_size,
-        ]
+            self.engine.context(), set_hash([*samples, *lookalikes]), budget.seed,
+            budget.batch_size, GEOMETRY, [(d.name, d.settings, d.fingerprint()) for d in defenses],
+        ]  # fmt: skip
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
         stored = _stored(file, key)
         if stored is not None:
-            self.tick(len(samples) * len(FIVE))
+            self.tick(prompts.states(len(defenses)))
             return stored
-        states = represent(
-            self.engine, samples, FIVE, batch_size=self.budget.batch_size, seed=self.budget.seed,
-            drawing=True, on_batch=self.tick,
-        )  # fmt: skip
-        geometry = {**states.to_json(), "pca": states.planes(self.engine.n_layers)}
+        gates = [defense.gate for defense in defenses if defense.gate is not None]
+        compass = Compass(shift.direction, gates[0] if gates else shift.gate)
+        shared: dict[str, Any] = {
+            "batch_size": budget.batch_size, "seed": budget.seed, "compass": compass,
+            "on_batch": self.tick,
+        }  # fmt: skip
+        states = represent(self.engine, samples, FIVE, defenses=defenses, drawing=True, **shared)
+        benign = represent(self.engine, lookalikes, (Condition.QUERY, Condition.ORIGINAL), **shared)
+        states.scores |= benign.scores
+        geometry = states.to_geometry(self.engine)
         write_json(file, {"key": key, "geometry": geometry})
         return geometry
 
@@ -318,8 +337,8 @@ def measure(
         cells.append(bench.cell(prompts.questions, defense, name=VQA))
     say("unsafe rate over alpha")
     sweep = bench.sweep(prompts.swept, shift)
-    say("states of the five conditions")
-    geometry = bench.geometry(prompts.drawn, state / "geometry.json")
+    say("states of the five conditions and of the defences")
+    geometry = bench.geometry(prompts, defenses, shift, state / "geometry.json")
     budget = bench.budget
     sets = [
         Loaded(DEMO, tuple(both), notes=NOTES, harm=HARM),

@@ -14,6 +14,7 @@ import torch
 from cmrm.engines.base import Contrast, Decoding, Engine, Reply
 from cmrm.engines.contrast import Contrasted
 from cmrm.engines.first_token import first_token_log_odds, first_tokens
+from cmrm.engines.prompt_states import PromptStates, prompt_states
 from cmrm.errors import InputError
 from cmrm.model.batching import in_batches
 from cmrm.model.encode import encode
@@ -264,6 +265,16 @@ class TransformersEngine(Engine):
     def states(self, requests: Sequence[Request], *, batch_size: int = 16) -> torch.Tensor:
         """States at the last prompt token: float32 [N, L, d] on the CPU."""
         return capture(self.vlm, requests, batch_size=batch_size)
+
+    def prompt_states(
+        self,
+        requests: Sequence[Request],
+        interventions: Sequence[Intervention] = (),
+        *,
+        trailing: int = 1,
+    ) -> PromptStates:
+        """States of one batch's last prompt tokens; see `engines.prompt_states`."""
+        return prompt_states(self.vlm, requests, interventions, trailing=trailing)
 
     def text_states(self, requests: Sequence[Request]) -> torch.Tensor:
         """States of one batch of requests as text alone, on the cached prefix: float32

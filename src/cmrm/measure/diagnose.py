@@ -13,7 +13,7 @@ from cmrm.errors import InputError
 from cmrm.judges import DEFAULT_JUDGE, Judge, make_judge
 from cmrm.measure.environment import machine_info, model_info, shift_info, versions_info
 from cmrm.measure.examples import examples_of
-from cmrm.measure.geometry import compare_shifts, represent
+from cmrm.measure.geometry import Compass, compare_shifts, represent
 from cmrm.measure.loop import Answering, measure_cell
 from cmrm.measure.outcomes import Cell
 from cmrm.measure.schema import checked
@@ -136,8 +136,12 @@ def diagnose(
             )
         )  # fmt: skip
     say("states")
-    states = represent(engine, samples, shown, batch_size=batch_size, seed=seed, on_batch=tick)
-    geometry: dict[str, Any] = states.to_json()
+    compass = Compass() if shift is None else Compass(shift.direction, shift.gate)
+    states = represent(
+        engine, samples, shown, batch_size=batch_size, seed=seed, on_batch=tick, compass=compass,
+        defenses=[defense for _, defense in runs if defense.name != "none"], drawing=True,
+    )  # fmt: skip
+    geometry = states.to_geometry(engine)
     if corruptions:
         compared = dict.fromkeys([Condition.BLANK, *corruptions])
         shifts = {condition.value: states.mean_shift(condition.value) for condition in compared}
@@ -179,4 +183,4 @@ def _data(loaded: Loaded) -> dict[str, Any]:
 def passes(loaded: Loaded, corruptions: Sequence[Condition], *, steered: bool) -> int:
     """Prompts that one diagnosis passes through the model, for its progress bar."""
     shown = len(dict.fromkeys([*possible_conditions(loaded.samples)[0], *corruptions]))
-    return len(loaded.samples) * (2 * shown + steered)
+    return 2 * len(loaded.samples) * (shown + steered)

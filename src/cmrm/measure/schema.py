@@ -195,13 +195,50 @@ class Data(Part):
     labels: dict[str, int] = Field(default_factory=dict)
 
 
+class TrailingShift(Part):
+    """Shift of the last tokens of prompts with an image, against the same tokens of the text-only
+    query; position by position."""
+
+    offsets: list[int] = Field(description="-1: the last prompt token")
+    n: list[int] = Field(description="samples that have the same token there in both prompts")
+    tokens: list[str | None] = Field(description="text of a token that all samples share")
+    relative_distance: list[list[float]] = Field(
+        description="a list for each position, by decoder layer (0-based): mean Euclidean distance "
+        "over the text-only state's norm"
+    )
+
+
+class GateReadings(Part):
+    """What the harm gate reads of samples with their own image."""
+
+    layers: list[int]
+    threshold: float
+    scores: dict[str, list[float]] = Field(description="label of the samples -> their scores")
+
+
+class DrawnSample(Part):
+    """A sample whose states are drawn."""
+
+    label: str = ""
+    category: str = ""
+    request: str = Field(description="cut to its first words")
+
+
 class Geometry(Part):
-    """Last-prompt-token states of conditions beside those of the text-only query, by decoder layer
-    (0-based)."""
+    """Last-prompt-token states of conditions and defences beside those of the text-only query, by
+    decoder layer (0-based)."""
 
     relative_distance_to_query: dict[str, list[float]]
     cosine_to_query: dict[str, list[float]]
+    refusal_coordinate: dict[str, list[float]] | None = Field(
+        None, description="mean coordinate along the unit refusal direction"
+    )
+    gate: GateReadings | None = None
+    positions: dict[str, TrailingShift] = Field(default_factory=dict)
     pca: dict[str, Any] | None = None
+    samples: list[DrawnSample] = Field(
+        default_factory=list, description="of the points of pca, in their order"
+    )
     corruptions: dict[str, dict[str, list[float]]] | None = Field(
         None,
         description="mean shift of each corruption against blank's: cosine, ratio of norms",

@@ -43,6 +43,7 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
+    from cmrm.report.explorer import explorer_data
     from cmrm.report.plots import pictures
 
     results = json.loads(json.dumps(results, sort_keys=True))  # as a file has them
@@ -55,6 +56,7 @@ def rendered(results: Results) -> tuple[str, dict[str, bytes]]:
             title=_title(results),
             cards=headline.cards(results),
             figures=drawn,
+            explorer=explorer_data(results),
             headline=_headline(results),
             balance=balance_table(results),
             gap_points=_gap_points(results),

@@ -8,7 +8,8 @@ from typing import Any
 from cmrm.prompts.text import shortened
 from cmrm.report.categories import category_cells, unsafe_share
 from cmrm.report.drawing import COLOURS, Picture, colour, drawn, whisker
-from cmrm.report.headline import headline_cells, in_order
+from cmrm.report.headline import headline_cells
+from cmrm.report.state_plots import FIGURES as STATE_FIGURES
 from cmrm.report.tables import NOT_SCORED, WHERE, Results, input_label, label
 
 # After `drawing`, which names the extra where matplotlib is missing.
@@ -139,73 +140,6 @@ def alpha_sweep(results: Results) -> Figure | None:
     return figure
 
 
-def distances(results: Results) -> Figure | None:
-    """Distance and cosine of each condition's state to that of the query alone, by layer."""
-    geometry = results["geometry"] or {}
-    panels = {
-        "distance to query / its norm": geometry.get("relative_distance_to_query", {}),
-        "cosine to query": geometry.get("cosine_to_query", {}),
-    }
-    return _curves(
-        {
-            title: {name: values for name, values in by_condition.items() if name != "query"}
-            for title, by_condition in panels.items()
-        }
-    )
-
-
-def corruptions(results: Results) -> Figure | None:
-    """Mean shift of each corruption against blank's: cosine and ratio of norms, by layer."""
-    compared = (results["geometry"] or {}).get("corruptions") or {}
-    return _curves(
-        {
-            "norm / norm of blank's shift": {n: by["norm_ratio"] for n, by in compared.items()},
-            "cosine to blank's shift": {n: by["cosine"] for n, by in compared.items()},
-        }
-    )
-
-
-def _curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure | None:
-    """Two plots over the decoder layers, a line for each name; the first begins at zero."""
-    if not all(panels.values()):
-        return None
-    figure = Figure(figsize=(9, 3.4))
-    both = figure.subplots(1, 2)
-    for axes, (title, lines) in zip(both, panels.items(), strict=True):
-        for place, name in enumerate(in_order(lines)):
-            axes.plot(lines[name], color=colour(name, place), label=label(name))
-        axes.set(xlabel="decoder layer (0-based)", ylabel=title)
-    both[0].set_ylim(0, None)
-    both[1].legend()
-    figure.tight_layout()
-    return figure
-
-
-def pca(results: Results) -> Figure | None:
-    """States in the plane of their first two principal components, a plot for each layer."""
-    planes = (results["geometry"] or {}).get("pca")
-    if not planes:
-        return None
-    rows = -(-len(planes) // 3)
-    figure = Figure(figsize=(9.6, 0.6 + 2.7 * rows))
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for axes, layer in zip(grid.flat, sorted(planes, key=int), strict=False):
-        plane = planes[layer]
-        for place, name in enumerate(in_order(plane["points"])):
-            x, y = zip(*plane["points"][name], strict=True)
-            axes.scatter(x, y, s=9, color=colour(name, place), label=label(name), alpha=0.75)
-        share = 100 * sum(plane["explained"])
-        axes.set_title(f"layer {layer} ({share:.0f} % of variance)", fontsize=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    for axes in list(grid.flat)[len(planes) :]:
-        axes.set_visible(False)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5)
-    figure.tight_layout(rect=(0, 0.2 / rows**0.5 / 2, 1, 1))
-    return figure
-
-
 def categories(results: Results) -> Figure | None:
     """Unsafe rate by harm category, first judge: query alone, original image, defences."""
     cells = category_cells(results)
@@ -275,32 +209,6 @@ def frontier(results: Results) -> Figure | None:
     return figure
 
 
-def shift(results: Results) -> Figure | None:
-    """Norm of the shift, its explained ratio and its cosine to the mean difference."""
-    used = results["shift"]
-    if not used or not used["norms"]:
-        return None
-    figure = Figure(figsize=(9, 3))
-    left, right = figure.subplots(1, 2)
-    _line(left, used["norms"], "vector", "cmrm_dataset")
-    _line(left, used["mean_norms"], "mean difference", "blank")
-    _line(right, used["explained_ratio"], "explained ratio", "cmrm_dataset")
-    _line(right, used["mean_cosine"], "cosine to the mean difference", "blank")
-    left.set(xlabel="decoder layer (0-based)", ylabel="norm", ylim=(0, None))
-    right.set(xlabel="decoder layer (0-based)", ylim=(0, 1.05))
-    left.legend()
-    right.legend()
-    figure.tight_layout()
-    return figure
-
-
-def _line(axes: Axes, values: Sequence[float], text: str, name: str) -> None:
-    if values:
-        axes.plot(
-            values, color=COLOURS[name], label=text, ls="-" if name == "cmrm_dataset" else "--"
-        )
-
-
 FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
     "unsafe_rate": (
         unsafe_rates,
@@ -313,18 +221,6 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
         alpha_sweep,
         "Line: unsafe rate over the strength alpha, with its interval as a band",
     ),
-    "distances": (
-        distances,
-        "Lines: distance and cosine of states to the text-only state, by decoder layer",
-    ),
-    "corruptions": (
-        corruptions,
-        "Lines: cosine and norm of each corruption's shift against blank's, by layer",
-    ),
-    "pca": (
-        pca,
-        "Points: states of the conditions in the plane of two principal components, by layer",
-    ),
-    "shift": (shift, "Lines: norm and explained ratio of the shift, by decoder layer"),
+    **STATE_FIGURES,
 }
 """Name -> how it is drawn, and its alternative text."""

@@ -9,18 +9,15 @@ from threading import Event
 import torch
 from PIL import Image
 
-from cmrm.checks.clauses import block_outputs
 from cmrm.engines.base import Decoding, Reply
 from cmrm.engines.transformers import TransformersEngine
-from cmrm.errors import CmrmError, InputError
+from cmrm.errors import InputError
 from cmrm.judges import Judge
 from cmrm.judges.base import assessed
-from cmrm.model.encode import encode
 from cmrm.prompts.conditions import Request, Turn
 from cmrm.prompts.images import open_picture
 from cmrm.shift.artifact import ShiftVectors
 from cmrm.shift.resolve import resolved
-from cmrm.steering.hooks import intervene
 from cmrm.steering.intervention import Intervention
 from cmrm.steering.setting import Steering
 
@@ -176,7 +173,8 @@ class Session:
         text = self.engine.text_states([request])[0]
         states = {}
         for column, name in enumerate(COLUMNS[1:], 1):
-            states[name] = self._states(request, self.interventions(column, request, setting))
+            parts = self.interventions(column, request, setting)
+            states[name] = self.engine.prompt_states([request], parts).last[0]
         norms = text.norm(dim=-1).clamp_min(1e-12)
         distances = {
             name: ((state - text).norm(dim=-1) / norms).tolist() for name, state in states.items()
@@ -189,18 +187,6 @@ class Session:
                 for name, state in {COLUMNS[0]: text, **states}.items()
             }
         return Geometry(distances, coordinates, self._gate(states[COLUMNS[1]]))
-
-    def _states(self, request: Request, parts: Sequence[Intervention]) -> torch.Tensor:
-        """float32 [L, d]: states of the last prompt token, as steering leaves them."""
-        vlm = self.engine.vlm
-        with vlm.lock, torch.inference_mode(), intervene(vlm, *parts):
-            outputs = block_outputs(vlm, encode(vlm, [request]))
-        last: list[torch.Tensor] = []
-        for layer, output in enumerate(outputs):
-            if output is None and not last:
-                raise CmrmError(f"decoder layer {layer} did not run")
-            last.append(last[-1] if output is None else output[0, -1].float().cpu())
-        return torch.stack(last)
 
     def _gate(self, state: torch.Tensor) -> str:
         gate = self.shift.gate
