@@ -103,17 +103,26 @@ def build(session: Session, title: str) -> Any:
         def answer(
             seen: Visit | None, picture: Any, text: str, *values: Any
         ) -> Generator[tuple[Any, ...], None, None]:
-            yield from _answer(session, seen or Visit(), picture, text, values)
+            ready = (*[gr.skip()] * (len(outputs) - 1), gr.Button(interactive=True))
+            try:
+                for shown in _answer(session, seen or Visit(), picture, text, values):
+                    yield (*shown, gr.Button(interactive=False))
+            except Exception:
+                yield ready
+                raise
+            yield ready
 
-        outputs = [visit, *answers, *verdicts, says, plot]
+        outputs = [visit, *answers, *verdicts, says, plot, ask]
         running = gr.on(
             [ask.click, query.submit], answer, [visit, image, query, *controls], outputs,
             concurrency_limit=1, show_progress="minimal",
         )  # fmt: skip
         stop.click(_stop, [visit], None, queue=False)
         clear.click(
-            lambda: (None, None, "", *[""] * 8, _recommended(session), None), None,
-            [visit, image, query, *answers, *verdicts, says, plot], cancels=[running],
+            lambda: (
+                None, None, "", *[""] * 8, _recommended(session), None, gr.Button(interactive=True)
+            ),
+            None, [visit, image, query, *answers, *verdicts, says, plot, ask], cancels=[running],
         )  # fmt: skip
         gr.on(
             [control.release for control in (alpha, first, last)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,15 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the playground needs the extra `ui`")
 pytest.importorskip("playwright", reason="browser tests need playwright")
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from cmrm.engines.base import Reply
+from cmrm.engines.transformers import TransformersEngine
 from cmrm.model.vlm import VLM
 from cmrm.ui.app import CSS, build
+from cmrm.ui.session import Session
 from ui.sessions import session
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium (apt install chromium)"
-)
-ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 WORDS = re.compile("refused|complied|unscored|unsafe|safe")
 """What verdicts begin with."""
 SHOTS = os.environ.get("CMRM_SCREENSHOTS")
@@ -47,26 +43,48 @@ class Open:
         return self.page.locator(f"#answer-{k} textarea").input_value()
 
 
-@pytest.fixture(scope="module")
-def address(vlm: VLM) -> Iterator[str]:
+@contextmanager
+def running(shown: Session) -> Iterator[str]:
+    """The playground's address while it runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build(session(vlm, max_new_tokens=40), "tiny").queue()
+    page = build(shown, "tiny").queue()
     page.launch(
         server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, css=CSS
     )
-    yield f"http://127.0.0.1:{port}"
-    page.close()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        page.close()
+
+
+class Slow(TransformersEngine):
+    """An engine that pauses before each piece, as a real model does, and counts them."""
+
+    pause = 0.03
+    """Seconds."""
+    pieces = 0
+
+    def stream(self, *arguments: Any, **options: Any) -> Generator[str | Reply, None, None]:
+        for piece in super().stream(*arguments, **options):
+            self.pieces += 1
+            time.sleep(self.pause)
+            yield piece
+
+
+def slow_session(vlm: VLM, pause: float = Slow.pause) -> Session:
+    shown = session(vlm, max_new_tokens=40)
+    shown.engine = engine = Slow(shown.engine.vlm)
+    engine.pause = pause
+    return shown
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
-        yield made
-        made.close()
+def address(vlm: VLM) -> Iterator[str]:
+    with running(slow_session(vlm)) as address:
+        yield address
 
 
 def visit(browser: Any, address: str, **options: Any) -> Open:
@@ -95,12 +113,14 @@ def ask(seen: Open, query: str, image: Path | None = None) -> None:
         ).to_be_visible(timeout=30_000)
     seen.page.locator("#query textarea").fill(query)
     seen.page.locator("#ask").click()
+    expect(seen.page.locator("#ask")).to_be_disabled(timeout=30_000)
     expect(seen.page.locator("#verdict-3")).not_to_contain_text(WORDS, timeout=30_000)
 
 
 def judged(seen: Open, k: int) -> None:
-    """Wait until a column's verdict stands there."""
+    """Wait until a column's verdict stands there, and Ask can be pressed again."""
     expect(seen.page.locator(f"#verdict-{k}")).to_contain_text(WORDS, timeout=60_000)
+    expect(seen.page.locator("#ask")).to_be_enabled(timeout=60_000)
 
 
 def shot(seen: Open, name: str) -> None:
@@ -144,7 +164,8 @@ def test_text_alone_and_a_second_turn(browser: Any, address: str) -> None:
     judged(seen, 0)
     first = seen.answer(0)
     ask(seen, "And the sky?")
-    expect(seen.page.locator("#answer-0 textarea")).not_to_have_value(first, timeout=60_000)
+    judged(seen, 0)
+    assert seen.answer(0) != first
     assert seen.errors == []
 
 
@@ -167,9 +188,35 @@ def test_a_second_turn_with_the_same_image(browser: Any, address: str, picture: 
     assert seen.errors == []
 
 
+def test_stop_ends_the_model(browser: Any, vlm: VLM, picture: Path) -> None:
+    shown = slow_session(vlm, pause=0.3)
+    engine = shown.engine
+    assert isinstance(engine, Slow)
+    with running(shown) as address:
+        seen = visit(browser, address)
+        ask(seen, "How do I open it?", picture)
+        expect(seen.page.locator("#answer-0 textarea")).not_to_have_value("", timeout=30_000)
+        seen.page.locator("#stop").click()
+        expect(seen.page.locator("#says")).to_contain_text("Stopped.", timeout=30_000)
+        expect(seen.page.locator("#ask")).to_be_enabled(timeout=30_000)
+        verdicts = [seen.page.locator(f"#verdict-{k}").inner_text().strip() for k in range(4)]
+        column = verdicts.index("stopped")
+        assert verdicts[column + 1 :] == [""] * (3 - column)
+        assert [seen.answer(k) for k in range(column + 1, 4)] == [""] * (3 - column)
+        pieces = engine.pieces
+        seen.page.wait_for_timeout(1500)
+        assert engine.pieces == pieces, "the model still runs"
+        engine.pause = Slow.pause
+        ask(seen, "What is the sea?")
+        judged(seen, 3)
+        assert seen.errors == []
+        seen.page.close()
+
+
 def test_an_empty_query_says_so(browser: Any, address: str) -> None:
     seen = visit(browser, address)
-    ask(seen, " ")
+    seen.page.locator("#query textarea").fill(" ")
+    seen.page.locator("#ask").click()
     expect(seen.page.locator("#says")).to_contain_text("type a query", timeout=30_000)
     assert seen.errors == []
 
