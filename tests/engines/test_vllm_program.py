@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmrm import ShiftVectors, Steering
-from cmrm.engines.vllm.board import Board, Row, steered_tokens
+from cmrm.engines.vllm.board import Board, Row, first_steered, steered_tokens
 from cmrm.engines.vllm.program import Program
 from cmrm.errors import InputError
 from cmrm.shift.artifact import Provenance
@@ -61,6 +61,10 @@ def test_chunks_do_not_change_which_tokens_are_steered(
             "generated": place >= prompt, "last_prompt": place == prompt - 1,
         }[positions]  # fmt: skip
         assert steered == (image is not None and expected)
+    if image is not None:
+        edge = first_steered(prompt, image, positions)  # type: ignore[arg-type]
+        assert not whole[:edge].any()
+        assert whole[edge : edge + 1].all()
 
 
 def test_add_in_a_mixed_batch() -> None:

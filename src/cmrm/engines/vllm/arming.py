@@ -22,6 +22,7 @@ from cmrm.engines.vllm.matching import check_loaded
 from cmrm.engines.vllm.patches import (
     check_features,
     check_version,
+    keep_steered_blocks_apart,
     refuse_beams,
     salt_compilations,
     salt_requests,
@@ -81,12 +82,15 @@ def arm_vllm() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     _state["armed"] = armed
     from vllm.config import VllmConfig
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.request import Request
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     salt_compilations(VllmConfig, armed.program.key)
-    salt_requests(Request, armed.program.key)
+    salt_requests(Request, armed.program.key if armed.changes else None)
+    if not armed.changes:
+        keep_steered_blocks_apart(kv_cache_utils, armed.program.positions)
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 

@@ -52,6 +52,13 @@ def steered_tokens(row: Row, positions: Positions) -> np.ndarray:
     return place >= row.prompt - 1
 
 
+def first_steered(prompt: int, image_end: int, positions: Positions) -> int:
+    """Position of the first token of an image request that may be steered: what lies before it is
+    the same in every program. See `Row` for `prompt` and `image_end`."""
+    firsts = {"all": 0, "after_image": image_end, "generated": prompt}
+    return firsts.get(positions, prompt - 1)
+
+
 class Board:
     """Buffers for up to `tokens` tokens a step and `slots` requests."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+from cmrm.engines.vllm.board import first_steered
 from cmrm.errors import InputError, ModelError
+from cmrm.steering.setting import Positions
 
 TESTED = ("0.32",)
 """Versions of vLLM, major and minor, that the parity contract was run on."""
@@ -53,20 +56,72 @@ def salt_compilations(config: Any, key: str) -> None:
     config.compute_hash = compute_hash
 
 
-def salt_requests(request: Any, key: str) -> None:
-    """Cached blocks of an image request are shared with no other: its tokens may be steered.
+def salt_requests(request: Any, key: str | None) -> None:
+    """A request that cannot be steered rightly fails here, alone.
 
-    A request that cannot be steered rightly fails here, alone.
+    With a `key`, cached blocks of an image request are shared with no other at all.
     """
     original = request.from_engine_core_request.__func__
 
     def from_engine_core_request(cls: Any, made: Any, *args: Any, **more: Any) -> Any:
         _check_request(made)
-        if made.mm_features:
+        if made.mm_features and key is not None:
             made.cache_salt = f"cmrm {key} {made.request_id}"
         return original(cls, made, *args, **more)
 
     request.from_engine_core_request = classmethod(from_engine_core_request)
+
+
+def keep_steered_blocks_apart(cache: Any, positions: Positions) -> None:
+    """Cached blocks of an image request are shared up to the first token that may be steered, and
+    from there on with no other request.
+
+    Args:
+        cache: vLLM's module that hashes blocks (`vllm.v1.core.kv_cache_utils`).
+        positions: the program's.
+
+    Raises:
+        ModelError: blocks are not kept apart after all.
+    """
+    original = cache.generate_block_hash_extra_keys
+
+    def keys(request: Any, start: int, end: int, feature: int) -> tuple[Any, int]:
+        extra, feature = original(request, start, end, feature)
+        places = [part.mm_position for part in request.mm_features or ()]
+        if places:
+            image_end = max(place.offset + place.length for place in places)
+            if end > first_steered(request.num_prompt_tokens, image_end, positions):
+                extra = (*(extra or ()), ("cache_salt", f"cmrm {request.request_id}"))
+        return extra, feature
+
+    cache.generate_block_hash_extra_keys = keys
+    _check_blocks(cache, positions)
+
+
+def _check_blocks(cache: Any, positions: Positions) -> None:
+    """Hash the blocks of two equal requests.
+
+    Raises:
+        ModelError: a block with a steered token has one hash in both, or one before it has two.
+    """
+    block, prompt, image_end = 4, 14, 8
+    place = SimpleNamespace(offset=4, length=image_end - 4)
+
+    def hashes(name: str) -> list[Any]:
+        request = SimpleNamespace(
+            request_id=name, block_hashes=[b"start"], num_tokens=20, num_prompt_tokens=prompt,
+            all_token_ids=list(range(20)), lora_request=None, cache_salt=None, prompt_embeds=None,
+            mm_features=[SimpleNamespace(identifier="image", mm_position=place)],
+        )  # fmt: skip
+        return list(cache.get_request_block_hasher(block, repr)(request))
+
+    first = first_steered(prompt, image_end, positions)
+    same = [one == other for one, other in zip(hashes("a"), hashes("b"), strict=True)]
+    if same != [block * (k + 2) <= first for k in range(4)]:
+        raise ModelError(
+            "cmrm: cached blocks with steered tokens would be shared between requests; no answer "
+            "is given. Install a tested version of vLLM"
+        )
 
 
 def _check_request(made: Any) -> None:
