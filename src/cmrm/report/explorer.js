@@ -14,6 +14,8 @@
   const shape = (k, x, y) => SHAPES[k % SHAPES.length](x, y);
   const number = (value) => Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
 
+  const tick = (value) => String(Number(value.toPrecision(2)));
+
   function element(parent, tag, attributes = {}, text = "") {
     const made = document.createElementNS(SVG, tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -58,6 +60,7 @@
     const plane = data.planes[nearest], every = Object.values(plane.points).flat();
     const [left, right] = range(every.map((point) => point[0])), [low, high] = range(every.map((point) => point[1]));
     const svg = chart(figure, 420, 340, `States at decoder layer ${nearest}, a point for each sample`);
+    element(svg, "rect", {x: 1, y: 1, width: 418, height: 338, class: "frame"});
     shown(plane.points).forEach((name) => plane.points[name.key].forEach(([x, y], k) => {
       const place = data.names.indexOf(name);
       const at = [10 + 400 * (x - left) / (right - left), 330 - 320 * (y - low) / (high - low)];
@@ -77,7 +80,7 @@
       const x = (at) => 46 + 364 * at / Math.max(1, data.layers - 1), y = (value) => 208 - 196 * (value - low) / (high - low);
       [low, (low + high) / 2, high].forEach((value) => {
         element(svg, "line", {x1: 46, x2: 410, y1: y(value), y2: y(value), class: "grid"});
-        element(svg, "text", {x: 42, y: y(value) + 4, "text-anchor": "end"}, number(value));
+        element(svg, "text", {x: 42, y: y(value) + 4, "text-anchor": "end"}, tick(value));
       });
       element(svg, "text", {x: 46, y: 226}, "0");
       element(svg, "text", {x: 410, y: 226, "text-anchor": "end"}, `layer ${data.layers - 1}`);
@@ -121,8 +124,8 @@
     const edge = x(data.gate.threshold), right = edge > 300;
     element(svg, "line", {x1: edge, x2: edge, y1: 18, y2: height - 22, class: "here"});
     element(svg, "text", {x: edge + (right ? -4 : 4), y: 13, "text-anchor": right ? "end" : "start"}, `steered above ${number(data.gate.threshold)}`);
-    element(svg, "text", {x: 70, y: height - 6}, number(low));
-    element(svg, "text", {x: 410, y: height - 6, "text-anchor": "end"}, number(high));
+    element(svg, "text", {x: 70, y: height - 6}, tick(low));
+    element(svg, "text", {x: 410, y: height - 6, "text-anchor": "end"}, tick(high));
   }
 
   function heat() {
