@@ -23,7 +23,7 @@ from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.model.encode import encode
 from cmrm.model.identity import identity_of
 from cmrm.model.vlm import VLM
-from cmrm.prompts.conditions import Request
+from cmrm.prompts.conditions import Request, Turn
 from cmrm.shift.artifact import Provenance
 from cmrm.shift.resolve import resolved
 from cmrm.steering.gate import Gate
@@ -90,7 +90,13 @@ def build(root: Path) -> Model:
 def asked(request: dict[str, Any]) -> Request:
     image = request.get("image")
     pictures = () if image is None else (Image.new("RGB", (64, 64), image),)
-    return Request(request["text"], pictures)
+    if "text" in request:
+        return Request(request["text"], pictures)
+    turns = [
+        Turn(turn["role"], turn["content"], () if k else pictures)
+        for k, turn in enumerate(request["messages"])
+    ]
+    return Request(turns[-1].text, before=tuple(turns[:-1]))
 
 
 def hooks(
@@ -102,7 +108,7 @@ def hooks(
     for request in batch:
         one = asked(request)
         parts = []
-        if steering is not None and one.images:
+        if steering is not None and one.all_images:
             parts = resolved(model.shift, steering, partial(engine.text_states, [one]))
         inputs = encode(vlm, [one])
         with torch.inference_mode(), intervene(vlm, *parts):
