@@ -1,7 +1,7 @@
 """`serve_p95_ratio`: 95th percentile of the time to a whole reply, `cmrm serve` / vLLM's server.
 
 Each request has an image of its own. `serve_p95_ratio_same_image`: all have the same one, whose
-cached blocks vLLM's server shares; an armed one shares none between image requests.
+cached blocks both servers share, the armed one up to the last prompt token.
 
 Run it in vLLM's environment: `DIR/bin/python benchmarks/serve_latency.py` (tools/vllm_env.sh DIR).
 Both servers run at once and are asked by turns, so that one is idle while the other is measured. A

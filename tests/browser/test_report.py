@@ -39,7 +39,7 @@ def test_the_layer_is_chosen_by_keyboard(browser: Any, address: str) -> None:
     slider = page.locator("#layer")
     slider.focus()
     slider.press("Home")
-    rows = page.locator(".explorer tbody tr")
+    rows = page.locator(".values tbody tr")
     assert rows.count() == 5
     assert rows.nth(1).inner_text().split("\t")[1] == "0.100"
     slider.press("ArrowRight")
@@ -48,6 +48,13 @@ def test_the_layer_is_chosen_by_keyboard(browser: Any, address: str) -> None:
     assert rows.nth(1).inner_text().split("\t")[1] == "0.200"
     slider.press("End")
     assert "decoder layer 2" in page.locator(".plane figcaption").inner_text()
+    page.locator(".heat summary").press("Enter")
+    tokens = page.locator(".tokens tr")
+    assert [row.split("\t") for row in tokens.all_inner_texts()] == [
+        ["token", "-2", "-1 ':'"], ["original image", "0.300", "0.600"],
+    ]  # fmt: skip
+    opened = page.locator(".gate figcaption").inner_text()
+    assert opened.endswith("It opens for 0 of 1 (benign), 1 of 2 (harmful).")
     assert errors == []
 
 
@@ -64,9 +71,9 @@ def test_a_state_says_which_request_it_is(browser: Any, address: str) -> None:
     assert page.locator(".chosen").first.inner_text() == "2"
     readings = page.locator(".gate svg path")
     readings.first.hover(force=True)
-    assert page.locator(".tip").inner_text() == "benign: 0.100, left alone"
+    assert page.locator(".tip").inner_text() == "benign: 0.100, closed"
     readings.nth(1).hover(force=True)
-    assert page.locator(".tip").inner_text() == "harmful: 0.900, steered"
+    assert page.locator(".tip").inner_text() == "harmful: 0.900, open"
     assert errors == []
 
 

@@ -67,24 +67,37 @@ def test_positions_that_few_samples_have_are_left_out() -> None:
     assert figures["relative_distance"] == [[0.5, 0.5], [0.5, 0.5]]
 
 
+def test_states_of_padding_count_for_nothing() -> None:
+    """A prompt that is shorter than the window has states there that mean nothing, or are zero."""
+    text, image = prompts([[-1, 2], [1, 2]], 1.0), prompts([[8, 2], [1, 2]], 2.0)
+    text.states[0, :, 0] = 0.0
+    trailing = Trailing()
+    trailing.add(text, image)
+    assert trailing.to_json(text_of)["relative_distance"] == [[1.0, 1.0], [1.0, 1.0]]
+
+
 def test_every_defence_is_shown_as_it_leaves_the_states(
     engine: TransformersEngine, samples: list[Sample], shift: ShiftVectors
 ) -> None:
     defenses = [steered_by(shift, Steering(alpha)) for alpha in (0.0, 0.8)]
     defenses[1].name = "stronger"
+    gated = steered_by(shift, Steering(0.8, gate=True))
+    gated.name = "gated"
+    defenses.append(gated)
     ticks: list[int] = []
     states = represent(
         engine, samples, BOTH, batch_size=4, seed=0, defenses=defenses, drawing=True,
         compass=Compass(shift.direction, shift.gate), on_batch=ticks.append,
     )  # fmt: skip
-    assert sum(ticks) == 4 * len(samples)
+    assert sum(ticks) == 5 * len(samples)
     figures = states.to_geometry(engine)
     distance = figures["relative_distance_to_query"]
-    assert set(distance) == {"query", "original", "cmrm_dataset", "stronger"}
+    assert set(distance) == {"query", "original", "cmrm_dataset", "stronger", "gated"}
     assert distance["query"] == [0.0] * 3
     assert distance["cmrm_dataset"] == pytest.approx(distance["original"], rel=1e-4)
     assert distance["stronger"] != pytest.approx(distance["original"], rel=1e-2)
-    assert set(figures["positions"]) == {"original", "cmrm_dataset", "stronger"}
+    assert set(figures["positions"]) == {"original", "cmrm_dataset", "stronger", "gated"}
+    assert figures["gate"]["steers"] == ["gated"]
     last = figures["positions"]["original"]
     assert last["offsets"][-1] == -1
     assert last["n"][-1] == len(samples)
@@ -113,6 +126,7 @@ def test_the_refusal_coordinate_and_the_gate(
             scores[place::2].tolist(), abs=1e-3
         )
     assert figures["gate"]["threshold"] == shift.gate.threshold
+    assert figures["gate"]["steers"] == []
     assert "pca" not in figures
 
 

@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cmrm.measure.schema import CellRow, Results, json_schema
+from cmrm.measure.schema import (
+    CellRow,
+    DrawnSample,
+    GateReadings,
+    Geometry,
+    Results,
+    TrailingShift,
+    json_schema,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -27,7 +35,7 @@ def test_the_module_prints_the_schema() -> None:
 
 def test_the_page_on_the_schema_names_every_field() -> None:
     text = (DOCS / "results-schema.md").read_text(encoding="utf-8")
-    for model in (Results, CellRow):
+    for model in (Results, CellRow, Geometry, TrailingShift, GateReadings, DrawnSample):
         for name in model.model_fields:
             assert f"`{name.removesuffix('_')}" in text or f".{name.removesuffix('_')}" in text, (
                 name

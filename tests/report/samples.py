@@ -107,7 +107,8 @@ def demo_results() -> dict[str, Any]:
         "relative_distance_to_query": curve, "cosine_to_query": curve,
         "refusal_coordinate": curve, "pca": {"0": plane, "2": plane},
         "gate": {
-            "layers": [1], "threshold": 0.5, "scores": {"harmful": [0.9, 0.2], "benign": [0.1]}
+            "layers": [1], "threshold": 0.5, "scores": {"harmful": [0.9, 0.2], "benign": [0.1]},
+            "steers": ["cmrm_gated"],
         },
         "positions": {
             "original": {

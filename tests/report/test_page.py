@@ -121,6 +121,28 @@ def test_the_layer_explorer_has_its_data_and_pictures_for_paper() -> None:
     assert '<div class="still">' in text
 
 
+def test_the_gate_is_said_to_steer_only_where_a_setting_asks_it() -> None:
+    results = demo_results()
+    assert "steered under CMRM gated" in rendered(results)[0]
+    results["geometry"]["gate"]["steers"] = []
+    text = rendered(results)[0]
+    assert "No setting of this run asks it." in text
+    assert "steered under" not in text
+
+
+def test_tokens_are_no_mathematics_and_may_be_missing() -> None:
+    results = demo_results()
+    shift = results["geometry"]["positions"]["original"]
+    shift["tokens"] = ["$$", "\\frac$"]
+    assert "positions" in rendered(results)[1]
+    results["geometry"]["positions"]["original"] = {
+        "offsets": [], "n": [], "tokens": [], "relative_distance": [],
+    }  # fmt: skip
+    page, images = rendered(results)
+    assert "positions" not in images
+    assert "states-data" in page
+
+
 def test_results_of_before_have_what_they_hold() -> None:
     results = demo_results()
     for name in ("refusal_coordinate", "gate", "positions", "samples", "pca"):

@@ -59,7 +59,7 @@ def diagnose(
     Rates carry 95 % Wilson intervals; unscored replies are in no rate. With --report, a run that is
     stopped continues with the same command.
     """
-    c.need_extra("`cmrm diagnose`", "eval", c.RESULTS)
+    c.need_extra("`cmrm diagnose`", "eval", (*c.RESULTS, "sklearn"))
     if report is not None:
         c.need_extra("`cmrm diagnose --report`", "eval", c.REPORT)
     from cmrm.errors import InputError

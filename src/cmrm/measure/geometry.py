@@ -63,6 +63,8 @@ class Representation:
     """Name -> shift of the last tokens."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Label of samples -> what the gate reads with their own image."""
+    gated: list[str] = field(default_factory=list)
+    """Defences that steer where this gate opens."""
     drawn: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Name -> states [B, planes, d] of each batch at `drawn_layers`; empty unless `drawing`."""
     shown: list[dict[str, str]] = field(default_factory=list)
@@ -115,7 +117,8 @@ class Representation:
         if self.scores and self.compass.gate is not None:
             gate = self.compass.gate
             figures["gate"] = {
-                "layers": list(gate.layers), "threshold": gate.threshold, "scores": self.scores
+                "layers": list(gate.layers), "threshold": gate.threshold, "scores": self.scores,
+                "steers": self.gated,
             }  # fmt: skip
         return figures
 
@@ -176,7 +179,7 @@ class Trailing:
         same = same.flip(1).cumprod(1).flip(1).bool()
         scale = text.states.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         relative = (other.states - text.states).norm(dim=-1) / scale
-        summed = (relative * same[:, None]).double().sum(0)
+        summed = torch.where(same[:, None], relative, 0.0).double().sum(0)
         counts = same.sum(0)
         self.totals = summed if self.totals is None else self.totals + summed
         self.counts = counts if self.counts is None else self.counts + counts
@@ -254,6 +257,7 @@ def represent(
         return states
 
     representation = Representation(compass or Compass(), drawing)
+    representation.gated = [defense.name for defense in shown if defense.gate is not None]
     for batch, states in in_batches(samples, batch_size, work):
         representation.add(batch, states)
         on_batch(len(batch) * (len(conditions) + len(shown)))
@@ -300,7 +304,8 @@ def planes(states: Mapping[str, torch.Tensor], layers: Sequence[int]) -> dict[st
         from sklearn.decomposition import PCA
     except ImportError:
         raise MissingExtraError(
-            "planes of states need scikit-learn; pip install 'cmrm[demo]' brings it"
+            "planes of states need scikit-learn; pip install 'cmrm[eval]' (or 'cmrm[demo]') brings "
+            "it"
         ) from None
 
     drawn: dict[str, Any] = {}

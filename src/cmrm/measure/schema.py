@@ -214,6 +214,9 @@ class GateReadings(Part):
     layers: list[int]
     threshold: float
     scores: dict[str, list[float]] = Field(description="label of the samples -> their scores")
+    steers: list[str] = Field(
+        default_factory=list, description="defences of the run that steer where the gate opens"
+    )
 
 
 class DrawnSample(Part):

@@ -74,7 +74,8 @@ def style(ink: str, faint: str, paper: str) -> Any:
         **dict.fromkeys(colours, ink),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), faint),
         "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper,
-        "font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False,
+        "text.parse_math": False, "font.size": 10,
+        "font.family": "DejaVu Sans", "axes.spines.top": False,
         "axes.spines.right": False, "figure.dpi": 130, "legend.frameon": False,
         "legend.fontsize": 8.5,
     }  # fmt: skip

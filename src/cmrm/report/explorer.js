@@ -42,7 +42,7 @@
   root.addEventListener("pointerleave", () => { tip.hidden = true; });
 
   function hover(mark, text) {
-    mark.addEventListener("pointermove", (event) => { say(event, text()); });
+    ["pointermove", "pointerdown"].forEach((kind) => mark.addEventListener(kind, (event) => { say(event, text()); }));
     mark.addEventListener("pointerleave", () => { tip.hidden = true; });
   }
 
@@ -69,7 +69,7 @@
     }));
     const share = 100 * plane.explained.reduce((a, b) => a + b, 0);
     figure.querySelector("figcaption").textContent =
-      `States of the last prompt token at decoder layer ${nearest}, first two principal components (${share.toFixed(0)} % of the variance). Point at a state to read its request.`;
+      `States of the last prompt token at decoder layer ${nearest}, ${data.samples.length} samples, first two principal components (${share.toFixed(0)} % of the variance). Point at a state to read its request.`;
   }
 
   function lines(layer) {
@@ -118,12 +118,14 @@
       scores.forEach((score, k) => {
         const d = shape(row, x(score), 40 + 44 * row + (k % 7 - 3) * 4);
         const mark = element(svg, "path", {d, fill: colour, "fill-opacity": 0.75});
-        hover(mark, () => `${name}: ${number(score)}, ${score > data.gate.threshold ? "steered" : "left alone"}`);
+        hover(mark, () => `${name}: ${number(score)}, ${score > data.gate.threshold ? "open" : "closed"}`);
       });
     });
     const edge = x(data.gate.threshold), right = edge > 300;
     element(svg, "line", {x1: edge, x2: edge, y1: 18, y2: height - 22, class: "here"});
-    element(svg, "text", {x: edge + (right ? -4 : 4), y: 13, "text-anchor": right ? "end" : "start"}, `steered above ${number(data.gate.threshold)}`);
+    element(svg, "text", {x: edge + (right ? -4 : 4), y: 13, "text-anchor": right ? "end" : "start"}, `opens above ${number(data.gate.threshold)}`);
+    figure.querySelector(".opened").textContent = groups.map(([name, scores]) =>
+      `${scores.filter((score) => score > data.gate.threshold).length} of ${scores.length} (${name})`).join(", ");
     element(svg, "text", {x: 70, y: height - 6}, tick(low));
     element(svg, "text", {x: 410, y: height - 6, "text-anchor": "end"}, tick(high));
   }
@@ -152,17 +154,23 @@
     figure.querySelector(".most").textContent = number(top);
   }
 
-  function table(layer) {
-    const body = root.querySelector("tbody");
-    body.replaceChildren(...data.names.map((name) => {
-      const row = document.createElement("tr"), head = row.appendChild(document.createElement("th"));
-      head.scope = "row";
-      head.textContent = name.label;
-      data.lines.forEach(({values}) => {
-        row.appendChild(document.createElement("td")).textContent = values[name.key] ? number(values[name.key][layer]) : "";
-      });
-      return row;
-    }));
+  function row(name, cells, tag = "td") {
+    const made = document.createElement("tr"), head = made.appendChild(document.createElement("th"));
+    head.scope = tag === "td" ? "row" : "col";
+    head.textContent = name;
+    cells.forEach((text) => { made.appendChild(document.createElement(tag)).textContent = text; });
+    return made;
+  }
+
+  function tables(layer) {
+    root.querySelector(".values tbody").replaceChildren(...data.names.filter((name) => !off.has(name.key)).map((name) =>
+      row(name.label, data.lines.map(({values}) => values[name.key] ? number(values[name.key][layer]) : ""))));
+    const shifts = data.names.filter((name) => data.positions[name.key]);
+    if (!shifts.length) return;
+    const {labels} = data.positions[shifts[0].key];
+    root.querySelector(".tokens thead").replaceChildren(row("token", labels, "th"));
+    root.querySelector(".tokens tbody").replaceChildren(...shifts.map((name) =>
+      row(name.label, data.positions[name.key].values.map((values) => number(values[layer])))));
   }
 
   function draw() {
@@ -171,7 +179,7 @@
     slider.setAttribute("aria-valuetext", `decoder layer ${layer}`);
     scatter(layer);
     lines(layer);
-    table(layer);
+    tables(layer);
   }
 
   const keys = root.querySelector(".keys");

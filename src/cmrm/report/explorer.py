@@ -19,6 +19,7 @@ def explorer_data(results: Results) -> dict[str, Any] | None:
     geometry = results["geometry"]
     if not geometry or not geometry["relative_distance_to_query"]:
         return None
+    gate = geometry.get("gate")
     lines = geometry["relative_distance_to_query"]
     names = in_order(lines)
     return {
@@ -41,7 +42,8 @@ def explorer_data(results: Results) -> dict[str, Any] | None:
             ", ".join(filter(None, (s["label"], s["category"].replace("_", " "), s["request"])))
             for s in geometry.get("samples", ())
         ],
-        "gate": geometry.get("gate"),
+        "gate": gate,
+        "steers": " and ".join(map(label, gate.get("steers", ()))) if gate else "",
         "positions": {
             name: {
                 "labels": token_labels(shift),
@@ -49,5 +51,6 @@ def explorer_data(results: Results) -> dict[str, Any] | None:
                 "values": shift["relative_distance"],
             }
             for name, shift in geometry.get("positions", {}).items()
+            if shift["offsets"]
         },
     }

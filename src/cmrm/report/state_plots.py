@@ -123,7 +123,7 @@ def gate(results: Results) -> Figure | None:
         )  # fmt: skip
     axes.axvline(readings["threshold"], ls="--", lw=1.2, color=COLOURS["cmrm_dataset"])
     axes.text(
-        readings["threshold"], len(scores) - 0.45, " steered above", fontsize=8.5, va="bottom",
+        readings["threshold"], len(scores) - 0.45, " opens above", fontsize=8.5, va="bottom",
         color=COLOURS["cmrm_dataset"],
     )  # fmt: skip
     axes.set_yticks(range(len(scores)), list(scores))
@@ -136,7 +136,8 @@ def gate(results: Results) -> Figure | None:
 def positions(results: Results) -> Figure | None:
     """Shift of the last tokens of the prompt, layer by layer: the untouched model's, and that under
     the defences."""
-    shifts = (results["geometry"] or {}).get("positions")
+    every = (results["geometry"] or {}).get("positions") or {}
+    shifts = {name: shift for name, shift in every.items() if shift["offsets"]}
     if not shifts:
         return None
     names = in_order(shifts)

@@ -38,6 +38,10 @@ HINT = (
     "Type a query, add an image, and press Ask. The four answers come from the same model: as text "
     "alone, with the image, and with the image under two settings."
 )
+FOCUS = """() => {
+  if (document.activeElement === document.body) document.querySelector("#query textarea").focus();
+}"""
+"""Ask loses the focus while it waits; a keyboard goes on at the query."""
 CSS = """
 .answers { display: grid !important; grid-template-columns: repeat(4, minmax(0, 1fr)); }
 @media (max-width: 900px) { .answers { grid-template-columns: 1fr; } }
@@ -117,6 +121,7 @@ def build(session: Session, title: str) -> Any:
             [ask.click, query.submit], answer, [visit, image, query, *controls], outputs,
             concurrency_limit=1, show_progress="minimal",
         )  # fmt: skip
+        running.then(None, js=FOCUS)
         stop.click(_stop, [visit], None, queue=False)
         clear.click(
             lambda: (
