@@ -18,6 +18,7 @@ from cmrm.engines.vllm import http
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.engines.vllm.http import refused_body
 from cmrm.engines.vllm.matching import check_checkpoint, check_files, check_loaded
+from cmrm.engines.vllm.starting import with_cache
 from cmrm.errors import ArtifactError, ModelError
 from cmrm.model.identity import identity_of
 from cmrm.shift.artifact import Provenance
@@ -188,3 +189,22 @@ def test_paths_that_clients_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask("/health", "GET") == 503
         assert ask("/live", "GET") == 200
     assert set(reached) == {"/health"}
+
+
+def test_a_cpu_gives_a_quarter_of_its_memory_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = {"SC_PHYS_PAGES": 24 * 2**18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    assert with_cache({}, ["--dtype", "float32"]) == {"VLLM_CPU_KVCACHE_SPACE": "6"}
+    pages["SC_PHYS_PAGES"] = 1000 * 2**18
+    assert with_cache({}, []) == {"VLLM_CPU_KVCACHE_SPACE": "16"}
+    pages["SC_PHYS_PAGES"] = 2**17
+    assert with_cache({}, []) == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    assert with_cache({"VLLM_CPU_KVCACHE_SPACE": "40"}, []) == {}
+    for option in (
+        "--gpu-memory-utilization=0.5",
+        "--kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+    ):
+        assert with_cache({}, [option]) == {}

@@ -255,7 +255,7 @@ def _command(
     options: Sequence[str],
 ) -> tuple[list[str], Mapping[str, str]]:
     """vLLM's command, and what is added to its environment."""
-    from cmrm.engines.vllm.starting import with_plugin
+    from cmrm.engines.vllm.starting import with_cache, with_plugin
 
     allowed = [NOWHERE] if domains is None else c.parse_names(domains, "--image-domains")
     limits = json.dumps({"image": max_images, "video": 0, "audio": 0})
@@ -274,6 +274,7 @@ def _command(
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_SERVER_DEV_MODE": "0",
         **with_plugin(os.environ),
+        **with_cache(os.environ, options),
     }
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key

@@ -48,7 +48,7 @@
 
   const range = (values) => {
     const low = Math.min(...values), high = Math.max(...values), more = (high - low || 1) * 0.05;
-    return [low - more, high + more];
+    return [low >= 0 ? Math.max(0, low - more) : low - more, high + more];
   };
   const shown = (values) => data.names.filter((name) => !off.has(name.key) && values[name.key]);
 

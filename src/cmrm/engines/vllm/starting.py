@@ -4,7 +4,7 @@ programs."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -50,6 +50,28 @@ def with_plugin(environment: Mapping[str, str]) -> dict[str, str]:
     return {"VLLM_PLUGINS": ",".join([*filter(None, named.split(",")), PLUGIN])}
 
 
+CACHE = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB that vLLM takes on a CPU for keys and values; without it vLLM wants 92 % of the memory, and
+does not start where anything else runs."""
+CACHE_OPTIONS = {"gpu-memory-utilization", "kv-cache-memory-bytes"}
+"""Options of vLLM that say the same."""
+MOST_CACHE = 16
+"""GiB that are taken unasked."""
+
+
+def with_cache(environment: Mapping[str, str], options: Iterable[str]) -> dict[str, str]:
+    """What has to be added to an environment in which nobody says how much memory a CPU gives to
+    keys and values: a quarter of it. Elsewhere vLLM ignores it.
+
+    `options`: names of vLLM's options that are set, with `-` or `_`.
+    """
+    named = {option.lstrip("-").split("=", 1)[0].replace("_", "-") for option in options}
+    if CACHE in environment or named & CACHE_OPTIONS:
+        return {}
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {CACHE: str(min(MOST_CACHE, max(1, int(whole / 4))))}
+
+
 def started(folder: Path, options: Mapping[str, Any]) -> Any:
     """A `vllm.LLM` on a checkpoint, eager, that takes programs (`arming.arm_again`).
 
@@ -61,7 +83,10 @@ def started(folder: Path, options: Mapping[str, Any]) -> Any:
 
     if is_armed_with_artifact():
         raise EngineError("CMRM_SHIFT arms vLLM in this process; unset it, and pass the artifact")
-    values = {**SETTINGS, **with_plugin(os.environ), "CMRM_PROGRAMS": "1"}
+    values = {
+        **SETTINGS, **with_plugin(os.environ), **with_cache(os.environ, options),
+        "CMRM_PROGRAMS": "1",
+    }  # fmt: skip
     with _environment(values):
         from vllm import LLM
 
