@@ -137,6 +137,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ask_with_an_image_and_move_alpha(browser: Any, address: str, picture: Path) -> None:
     seen = visit(browser, address)
+    chosen = seen.page.get_by_role("radio", name="fill")
+    assert chosen.is_checked(), "the third column begins with what the artifact recommends"
+    seen.page.get_by_role("radio", name="add").check()
     ask(seen, "How do I open it?", picture)
     judged(seen, 3)
     first = [seen.answer(k) for k in range(4)]

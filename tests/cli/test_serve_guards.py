@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import families
 from cli.commands import output
 from cmrm import ShiftVectors, Steering, load_vlm
 from cmrm.engines.vllm import http
+from cmrm.engines.vllm.arming import program_of
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
 from cmrm.engines.vllm.http import refused_body
 from cmrm.engines.vllm.matching import check_checkpoint, check_files, check_loaded
+from cmrm.engines.vllm.program import Program
 from cmrm.engines.vllm.starting import with_cache
 from cmrm.errors import ArtifactError, ModelError
 from cmrm.model.identity import identity_of
@@ -208,3 +211,17 @@ def test_a_cpu_gives_a_quarter_of_its_memory_unless_somebody_says_otherwise(
         "gpu_memory_utilization",
     ):
         assert with_cache({}, [option]) == {}
+
+
+def test_what_the_environment_does_not_name_stays_as_recommended(tmp_path: Path) -> None:
+    recommended = Steering(alpha=0.7, schedule="per_layer", layers=(1, 2))
+    shift = ShiftVectors(
+        torch.ones(N, WIDTH), Provenance("m", None, "x", WIDTH, N), recommended
+    )  # fmt: skip
+    path = str(shift.save(tmp_path / "shift.safetensors"))
+    for text, expected in (
+        ("", recommended), ('{"alpha": 0.2}', replace(recommended, alpha=0.2)),
+        ('{"layers": [0]}', replace(recommended, layers=(0,))),
+    ):  # fmt: skip
+        program, _ = program_of({"CMRM_SHIFT": path, "CMRM_STEERING": text})
+        assert program.key == Program.of(shift, expected).key

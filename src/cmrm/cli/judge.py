@@ -120,9 +120,7 @@ def judge(
     else:
         _print(results)
         if out is not None:
-            screen.next_step(
-                f"cmrm judges sheet {out} (label replies, so that rates are corrected)"
-            )
+            screen.next_step("cmrm diagnose MODEL --data requests.csv (your own model)")
     _print_failures(results, kept=out is not None)
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from cmrm.errors import CmrmError, MissingExtraError
 from cmrm.prompts.images import image_digest, open_picture
 from cmrm.report.drawing import LIGHT, colour, style
-from cmrm.steering.setting import Move, Schedule
+from cmrm.steering.setting import Move, Schedule, Steering
 from cmrm.ui.session import COLUMNS, Conversation, Geometry, Session
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -69,7 +69,8 @@ def build(session: Session, title: str) -> Any:
         title: name of the model, for the heading.
     """
     top = session.engine.n_layers - 1
-    recommended = session.shift.recommended
+    start = _first_setting(session)
+    layers = start.layers or (0, top)
     with gr.Blocks(
         title=f"cmrm: {title}", delete_cache=(LOOKED, KEPT), analytics_enabled=False
     ) as page:
@@ -85,13 +86,15 @@ def build(session: Session, title: str) -> Any:
                     stop = gr.Button("Stop", elem_id="stop")
                     clear = gr.Button("New conversation", elem_id="clear")
         with gr.Accordion("Your setting (third column)", open=True), gr.Row():
-            alpha = gr.Slider(0, 3, value=min(3.0, float(recommended.alpha) or 1.0), step=0.01,
+            alpha = gr.Slider(0, 3, value=min(3.0, float(start.alpha) or 1.0), step=0.01,
                               label="alpha", elem_id="alpha")  # fmt: skip
-            first = gr.Slider(0, top, value=0, step=1, label="first decoder layer (0-based)")
-            last = gr.Slider(0, top, value=top, step=1, label="last decoder layer")
-            schedule = gr.Radio(get_args(Schedule), value="telescoped", label="schedule")
-            operator = gr.Radio(get_args(Move), value="add", label="operator")
-            gate = gr.Checkbox(False, label="harm gate")
+            first = gr.Slider(
+                0, top, value=layers[0], step=1, label="first decoder layer (0-based)"
+            )
+            last = gr.Slider(0, top, value=layers[-1], step=1, label="last decoder layer")
+            schedule = gr.Radio(get_args(Schedule), value=start.schedule, label="schedule")
+            operator = gr.Radio(get_args(Move), value=start.operator, label="operator")
+            gate = gr.Checkbox(start.gate, label="harm gate")
         answers, verdicts = [], []
         with gr.Row(elem_classes="answers"):
             for k, name in enumerate(COLUMNS):
@@ -137,6 +140,15 @@ def build(session: Session, title: str) -> Any:
             show_progress="hidden",
         )  # fmt: skip
     return page
+
+
+def _first_setting(session: Session) -> Steering:
+    """What the third column begins with: the gated setting, where the artifact holds one, beside
+    the recommended one."""
+    shift = session.shift
+    if shift.gate is not None and shift.sequential is not None:
+        return Steering(schedule="sequential", gate=True)
+    return shift.recommended
 
 
 def _recommended(session: Session) -> str:

@@ -117,7 +117,8 @@ def arm_vllm() -> None:
 
 
 def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
-    """The program and its artifact, from `CMRM_SHIFT` and `CMRM_STEERING`.
+    """The program and its artifact, from `CMRM_SHIFT` and `CMRM_STEERING`, which changes what the
+    artifact recommends.
 
     Raises:
         InputError, ArtifactError: they cannot be used.
@@ -132,7 +133,7 @@ def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
             raise InputError(f"CMRM_STEERING is no JSON: {error}") from None
         if not isinstance(values, dict):
             raise InputError("CMRM_STEERING is no JSON object of settings")
-        steering = Steering.from_json(values)
+        steering = Steering.from_json({**steering.to_json(), **values})
     return Program.of(shift, steering), shift
 
 
