@@ -126,7 +126,13 @@ def test_results_hold_every_cell(whole: Whole) -> None:
         assert (judged["over_refusal"] is not None) is both
         assert (cell["accuracy"] is not None) is (name == "easy-vqa")
     assert [point["alpha"] for point in results["alpha_sweep"]] == list(ALPHAS)
-    assert set(results["geometry"]["cosine_to_query"]) == {condition.value for condition in FIVE}
+    geometry = results["geometry"]
+    shown = {condition.value for condition in FIVE} | set(DEFENSES)
+    for figure in ("cosine_to_query", "relative_distance_to_query", "refusal_coordinate"):
+        assert set(geometry[figure]) == shown
+    assert set(geometry["positions"]) == {"original", *DEFENSES}
+    assert set(geometry["gate"]["scores"]) == {"harmful", "benign"}
+    assert geometry["gate"]["steers"] == ["cmrm_gated"]
     assert len(results["shift"]["mean_cosine"]) == len(LOWER)
 
 

@@ -202,7 +202,7 @@ def test_the_papers_table_is_tried_on_the_demo(demo: VLM, tmp_path: Path) -> Non
         "--model",
         "demo",
         "--limit",
-        "1",
+        "2",
         "--out",
         str(out),
     ]
@@ -219,5 +219,5 @@ def test_the_papers_table_is_tried_on_the_demo(demo: VLM, tmp_path: Path) -> Non
     }
     conditions = {cell["condition"] for cell in results["cells"]}
     assert conditions == {"original", "blank", "noise", "caption", "query"}
-    assert all(cell["done"] == cell["expected"] == 1 for cell in results["cells"])
+    assert all(cell["done"] == cell["expected"] == 2 for cell in results["cells"])
     assert results["recipe"]["targets"] == []
