@@ -153,6 +153,11 @@ def _first_setting(session: Session) -> Steering:
 
 def _recommended(session: Session) -> str:
     setting = session.shift.recommended
+    if setting.alpha == 0:
+        return (
+            "The artifact recommends nothing (fourth column): the image takes nothing from the "
+            "refusal direction that can be told from chance."
+        )
     every = "of the upper half" if setting.operator == "fill" else "all"
     layers = every if setting.layers is None else f"{setting.layers[0]} to {setting.layers[-1]}"
     how = f"{setting.operator}, {setting.schedule}" if setting.operator == "add" else "fill"
