@@ -95,3 +95,14 @@ def test_ctrl_c_names_the_way_on() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr.strip() == "cmrm: stopped; run the same command again to continue"
+
+
+@pytest.mark.parametrize("command", ["extract", "tune", "sweep", "evaluate"])
+@pytest.mark.parametrize("name", ["--benign", "--benign-anchors"])
+def test_benign_anchors_have_one_name_in_every_command(command: str, name: str) -> None:
+    arguments = ["/nowhere", "--anchors", "/no/anchors.csv", name, "/no/benign.csv"]
+    arguments += ["-o", "/no/shift.safetensors"] if command == "extract" else []
+    result = run(command, *arguments)
+    assert result.exit_code != 0
+    assert "No such option" not in result.output
+    assert "No such option" in run(command, *arguments, "--benigns", "x").output

@@ -68,8 +68,10 @@ def evaluate(
     benign_anchors: Annotated[
         Path | None,
         typer.Option(
+            "--benign-anchors",
+            "--benign",
             help="File of benign requests to fit on (demo: its own); with images for cmrm_fill, "
-            "cmrm_gated and other defences that compare images."
+            "cmrm_gated and other defences that compare images.",
         ),
     ] = None,
     judges: Annotated[

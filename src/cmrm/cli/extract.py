@@ -34,8 +34,10 @@ def extract(
     benign: Annotated[
         str | None,
         typer.Option(
+            "--benign",
+            "--benign-anchors",
             help="Benign look-alikes with images, of any kind of set (NAME-VARIANT below CMRM_DATA,"
-            " or a file): adds refusal direction, harm gate, sequential vectors, recommendation."
+            " or a file): adds refusal direction, harm gate, sequential vectors, recommendation.",
         ),
     ] = None,
     mixed: Annotated[

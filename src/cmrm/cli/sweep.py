@@ -51,7 +51,8 @@ def sweep(
         typer.Option(help="Comma list of sets of harmful anchors; with `sets` each stands alone."),
     ] = None,
     benign_anchors: Annotated[
-        str | None, typer.Option(help="Comma list of sets of benign anchors.")
+        str | None,
+        typer.Option("--benign-anchors", "--benign", help="Comma list of sets of benign anchors."),
     ] = None,
     dev: Annotated[
         str | None,

@@ -33,7 +33,10 @@ def tune(
         typer.Option(help="Harmful anchors with images, to fit on: file or named set."),
     ] = None,
     benign_anchors: Annotated[
-        str | None, typer.Option(help="Benign anchors, to fit on: file or named set.")
+        str | None,
+        typer.Option(
+            "--benign-anchors", "--benign", help="Benign anchors, to fit on: file or named set."
+        ),
     ] = None,
     dev: Annotated[
         str | None,
