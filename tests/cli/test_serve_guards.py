@@ -222,6 +222,7 @@ def test_what_the_environment_does_not_name_stays_as_recommended(tmp_path: Path)
     for text, expected in (
         ("", recommended), ('{"alpha": 0.2}', replace(recommended, alpha=0.2)),
         ('{"layers": [0]}', replace(recommended, layers=(0,))),
+        (json.dumps(recommended.to_json()), recommended),
     ):  # fmt: skip
         program, _ = program_of({"CMRM_SHIFT": path, "CMRM_STEERING": text})
         assert program.key == Program.of(shift, expected).key

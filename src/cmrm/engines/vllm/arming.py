@@ -34,7 +34,6 @@ from cmrm.engines.vllm.stepping import State, before_dummy, before_step, state_o
 from cmrm.errors import InputError, ModelError
 from cmrm.model.identity import Identity
 from cmrm.shift.artifact import ShiftVectors
-from cmrm.steering.setting import Steering
 
 LAYERS = (
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
@@ -133,7 +132,7 @@ def program_of(environment: Mapping[str, str]) -> tuple[Program, ShiftVectors]:
             raise InputError(f"CMRM_STEERING is no JSON: {error}") from None
         if not isinstance(values, dict):
             raise InputError("CMRM_STEERING is no JSON object of settings")
-        steering = Steering.from_json({**steering.to_json(), **values})
+        steering = steering.changed(values)
     return Program.of(shift, steering), shift
 
 
