@@ -101,9 +101,7 @@ class Prompts:
             questions=visual_questions("test", budget.vqa, seed=budget.seed),
             swept=prompt_samples("test", "harmful", per_category=budget.sweep_per_category),
             drawn=prompt_samples("test", "harmful", per_category=some),
-            drawn_benign=prompt_samples(
-                "test", "benign", per_category=budget.geometry_per_category
-            ),
+            drawn_benign=prompt_samples("test", "benign", per_category=some),
         )
 
     def passes(self, budget: Budget) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from cmrm.engines.base import Contrast
 from cmrm.model.compat import backbone_of, cache_of, with_cache
-from cmrm.model.encode import encode
+from cmrm.model.encode import encode, last_logits_alone
 from cmrm.model.vlm import VLM
 
 OFFSETS = "rope_deltas"
@@ -49,9 +48,7 @@ class Contrasted:
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] behind the prompts, or behind the tokens [R, 1] that were chosen."""
         vlm = self.vlm
-        options: dict[str, Any] = {}
-        if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
-            options["logits_to_keep"] = 1
+        options = last_logits_alone(vlm)
         if self._cache is None:
             inputs = encode(vlm, self.requests)
             output = vlm.model(**inputs, use_cache=True, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from cmrm.engines.base import Contrast
 from cmrm.engines.contrast import Contrasted
-from cmrm.model.encode import encode
+from cmrm.model.encode import encode, last_logits_alone
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.steering.hooks import intervene
@@ -49,9 +48,7 @@ def first_token_log_odds(
         InputError, SteeringError: as `Engine.answer`.
     """
     vlm.check_eval()
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
-        options["logits_to_keep"] = 1
+    options = last_logits_alone(vlm)
     steering: AbstractContextManager[Any] = nullcontext()
     if interventions:
         steering = intervene(vlm, *interventions)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from cmrm.errors import InputError
-from cmrm.model.encode import encode
+from cmrm.model.encode import encode, last_logits_alone, last_positions
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
 from cmrm.shift.capture import StateHooks
@@ -62,17 +60,14 @@ def prompt_states(
     vlm.check_eval()
     inputs = encode(vlm, requests)
     mask = inputs["attention_mask"]
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    last = last_positions(mask)
     places = last[:, None] - torch.arange(trailing - 1, -1, -1, device=mask.device)
     inside = places >= mask.argmax(1)[:, None]
     places = places.clamp_min(0)
     rows = torch.arange(len(requests), device=mask.device).repeat_interleave(trailing)
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
-        options["logits_to_keep"] = 1
     in_prompt = [part for part in interventions if part.positions != "generated"]
     with vlm.lock, intervene(vlm, *in_prompt), StateHooks(vlm, places.flatten(), rows) as hooks:
-        vlm.model(**inputs, **options)
+        vlm.model(**inputs, use_cache=False, **last_logits_alone(vlm))
     flat = hooks.states()
     states = flat.reshape(len(requests), trailing, *flat.shape[1:]).transpose(1, 2).contiguous()
     tokens = inputs["input_ids"].gather(1, places).masked_fill(~inside, -1)

@@ -257,7 +257,10 @@ def represent(
         return states
 
     representation = Representation(compass or Compass(), drawing)
-    representation.gated = [defense.name for defense in shown if defense.gate is not None]
+    gate = representation.compass.gate
+    representation.gated = [
+        d.name for d in shown if gate is not None and d.gate is not None and d.gate.key == gate.key
+    ]
     for batch, states in in_batches(samples, batch_size, work):
         representation.add(batch, states)
         on_batch(len(batch) * (len(conditions) + len(shown)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -63,6 +64,19 @@ def encode(vlm: VLM, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         for key, value in batch.items()
         if isinstance(value, torch.Tensor) and key != "labels"
     }
+
+
+def last_logits_alone(vlm: VLM) -> dict[str, Any]:
+    """Arguments of the model's forward with which it computes the logits of the last token alone,
+    where it can."""
+    known = inspect.signature(vlm.model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def last_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position int64 [B] of the last token of each row of an attention mask [B, T], padded on
+    either side."""
+    return mask.shape[1] - 1 - mask.flip(1).argmax(1)
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:

@@ -3,7 +3,6 @@ blocks."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,7 +12,7 @@ import torch
 
 from cmrm.errors import SteeringError
 from cmrm.model.batching import in_batches
-from cmrm.model.encode import encode
+from cmrm.model.encode import encode, last_logits_alone, last_positions
 from cmrm.model.layers import hidden_of
 from cmrm.model.vlm import VLM
 from cmrm.prompts.conditions import Request
@@ -133,12 +132,9 @@ def capture_inputs(
     refuse_inside_steering(vlm, "capturing states")
     vlm.check_eval()
     mask = inputs["attention_mask"]
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters:
-        options["logits_to_keep"] = 1
+    last = last_positions(mask)
     with vlm.lock, StateHooks(vlm, last, steps=steps) as hooks:
-        vlm.model(**inputs, **options)
+        vlm.model(**inputs, use_cache=False, **last_logits_alone(vlm))
     return hooks.states()
 
 
