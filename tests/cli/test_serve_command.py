@@ -68,7 +68,6 @@ def test_what_is_refused(checkpoint: str, shift: Path, monkeypatch: pytest.Monke
     assert "at least 1" in refused(*base, "--max-images", 0)
     assert "names nothing" in refused(*base, "--image-domains", " ")
     assert "alpha is 0" in refused(*base, "--alpha", 0)
-    assert "a server cannot fill" in refused(*base, "--operator", "fill")
     assert "no gate" in refused(*base, "--gate")
     for option in ("--trust-remote-code", "--host=0.0.0.0", "--speculative_config", "--api-key"):
         assert "is set by `cmrm serve`" in refused(*base, "--", option)

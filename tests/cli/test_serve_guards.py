@@ -96,7 +96,7 @@ def test_a_checkpoint_with_another_template_or_processor_is_another_model(
         check_checkpoint(scaled, identity)
 
 
-def test_a_recommended_fill_is_served_as_the_gate(
+def test_a_recommended_fill_is_served(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CMRM_CACHE", str(tmp_path / "cache"))
@@ -110,8 +110,12 @@ def test_a_recommended_fill_is_served_as_the_gate(
     artifact = ShiftVectors(vectors, made, Steering(operator="fill"), others, gate=gate)
     path = artifact.save(tmp_path / "s.safetensors")
     text = " ".join(output("serve", checkpoint, "--shift", path, "--dry-run").split())
+    assert '"operator": "fill"' in text
+    assert '"gate": false' in text
+    gated = ("--operator", "add", "--schedule", "sequential", "--gate", "--dry-run")
+    text = " ".join(output("serve", checkpoint, "--shift", path, *gated).split())
+    assert '"operator": "add"' in text
     assert '"gate": true' in text
-    assert '"schedule": "sequential"' in text
 
 
 def test_bodies_that_would_move_where_steering_begins() -> None:

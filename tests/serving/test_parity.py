@@ -103,7 +103,7 @@ def test_fill_takes_each_request_to_what_it_has_as_text(model: Model) -> None:
 def test_fill_without_coordinates_gives_no_answer(model: Model) -> None:
     done = run_vllm(model, [[{"text": "x", "image": "red"}]], Steering(operator="fill"))
     assert done.returncode != 0
-    assert "no coordinates of the text" in done.stderr + done.stdout
+    assert "no coordinates of this request's text" in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("name", ["last", "gated"])

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +32,8 @@ from serving.models import TOKENS, Model, hooks, requests
 
 KEY = "a key of the tests"
 SETTING = Steering(alpha=0.5, gate=True, layers=(2, 3))
-OPTIONS = (
-    "--", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-    "--max-num-batched-tokens", "64",
-)  # fmt: skip
+GATED = ("--gate", "--layers", "2-3")
+EAGER = ("--enforce-eager", "--max-num-batched-tokens", "64")
 
 
 @dataclass
@@ -47,11 +45,17 @@ class Server:
     client: OpenAI
 
 
-def start(model: Model, port: int, log: Any) -> subprocess.Popen[bytes]:
+def start(
+    model: Model,
+    port: int,
+    log: Any,
+    setting: Sequence[str] = GATED,
+    options: Sequence[str] = EAGER,
+) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "cmrm", "serve", str(model.folder), "--shift", str(model.path),
-        "--port", str(port), "--name", "tiny", "--api-key", KEY, "--gate", "--layers", "2-3",
-        *OPTIONS,
+        "--port", str(port), "--name", "tiny", "--api-key", KEY, *setting,
+        "--", "--dtype", "float32", "--max-model-len", "1024", *options,
     ]  # fmt: skip
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -87,12 +91,18 @@ def wait(process: subprocess.Popen[bytes], address: str, seconds: float = 300) -
 
 
 @contextmanager
-def running(model: Model, log: Path, port: int | None = None) -> Iterator[Server]:
+def running(
+    model: Model,
+    log: Path,
+    port: int | None = None,
+    setting: Sequence[str] = GATED,
+    options: Sequence[str] = EAGER,
+) -> Iterator[Server]:
     """A server that is ready; it is ended at the end."""
     port = free_port() if port is None else port
     address = f"http://127.0.0.1:{port}"
     with log.open("wb") as handle:
-        process = start(model, port, handle)
+        process = start(model, port, handle, setting, options)
         try:
             wait(process, address)
             yield Server(process, address, OpenAI(base_url=f"{address}/v1", api_key=KEY))

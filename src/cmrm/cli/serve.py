@@ -17,7 +17,6 @@ from cmrm.cli import options as c
 from cmrm.cli import screen
 
 if TYPE_CHECKING:
-    from cmrm.shift.artifact import ShiftVectors
     from cmrm.steering.setting import Steering
 
 NOWHERE = "none.invalid"
@@ -83,6 +82,7 @@ def serve(
     from cmrm.errors import InputError
     from cmrm.model.vlm import checkpoint_folder
     from cmrm.shift.artifact import ShiftVectors
+    from cmrm.shift.resolve import settled
 
     options = list(more or ())
     _check(host, port, api_key, max_images, options)
@@ -93,12 +93,8 @@ def serve(
         "alpha": alpha, "schedule": schedule, "positions": positions, "layers": layers,
         "operator": operator, "gate": gate,
     }  # fmt: skip
-    setting = _setting(vectors, named)
-    if Program.of(vectors, setting).fills:
-        raise InputError(
-            "a server cannot fill: it would need what each request has as text before it answers. "
-            "Serve the harm gate instead: --operator add --schedule sequential --gate"
-        )
+    setting = settled(vectors, c.changed(vectors.recommended, **named))
+    program = Program.of(vectors, setting)
     if setting.alpha == 0:
         raise InputError(
             "alpha is 0, which leaves the model as it is; serve it without cmrm, or name --alpha"
@@ -112,7 +108,7 @@ def serve(
     )  # fmt: skip
     if not dry_run:
         check_checkpoint(folder, vectors.identity)
-        _check_parsed(command)
+        _check_parsed(command, fills=bool(program.fills))
     if dry_run:
         shown = [
             f"{key}={'***' if key == 'VLLM_API_KEY' else quote(value)}"
@@ -123,31 +119,9 @@ def serve(
     os.execve(command[0], command, {**os.environ, **environment})
 
 
-def _setting(vectors: ShiftVectors, named: Mapping[str, Any]) -> Steering:
-    """The setting that the options name. Where they name none and the artifact recommends fill,
-    which no server can do, its harm gate with sequential vectors.
-
-    Raises:
-        InputError: the artifact does not hold what the setting needs.
-    """
-    from cmrm.shift.resolve import settled
-    from cmrm.steering.setting import Steering
-
-    recommended = vectors.recommended
-    fills = recommended.operator == "fill" and recommended.alpha > 0
-    holds = vectors.gate is not None and vectors.sequential is not None
-    if fills and holds and all(value is None for value in named.values()):
-        typer.echo(
-            "cmrm: the artifact recommends fill, which a server cannot do; serving its harm gate "
-            "with sequential vectors",
-            err=True,
-        )
-        return settled(vectors, Steering(schedule="sequential", gate=True))
-    return settled(vectors, c.changed(recommended, **named))
-
-
-def _check_parsed(command: Sequence[str]) -> None:
-    """Refuse what vLLM's own parser makes of the options, where it undoes a safe default.
+def _check_parsed(command: Sequence[str], *, fills: bool) -> None:
+    """Refuse what vLLM's own parser makes of the options, where it undoes a safe default, or where
+    the program `fills` and cannot under it.
 
     Raises:
         InputError: it does; abbreviated and dotted options are known to it.
@@ -177,6 +151,12 @@ def _check_parsed(command: Sequence[str]) -> None:
         raise InputError(
             f"--{changed_options[0].replace('_', '-')} is set by `cmrm serve`, or steering was not "
             "shown to be right under it"
+        )
+    if fills and parsed["data_parallel_size"] > 1:
+        raise InputError(
+            "`fill` is not built for --data-parallel-size: a text and its image request could run "
+            "in different engines. Start several `cmrm serve`, or serve the harm gate instead: "
+            "--operator add --schedule sequential --gate"
         )
 
 

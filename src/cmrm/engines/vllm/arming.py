@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cmrm.engines.vllm.board import Board
+from cmrm.engines.vllm.filling import record_texts
 from cmrm.engines.vllm.matching import check_loaded
 from cmrm.engines.vllm.patches import (
     check_features,
@@ -87,9 +88,14 @@ def arm_vllm() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     salt_compilations(VllmConfig, armed.program.key)
-    salt_requests(Request, armed.program.key if armed.changes else None)
+    fills = bool(armed.program.fills)  # without programs that change, which fill as their engine
+    salt_requests(Request, armed.program.key if armed.changes else None, fills=fills)
     if not armed.changes:
         keep_steered_blocks_apart(kv_cache_utils, armed.program.positions)
+    if fills:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+        record_texts(OpenAIServingChat)
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 

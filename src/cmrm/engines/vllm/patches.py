@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cmrm.engines.vllm.board import first_steered
+from cmrm.engines.vllm.stepping import asked
 from cmrm.errors import InputError, ModelError
 from cmrm.steering.setting import Positions
 
@@ -56,15 +57,16 @@ def salt_compilations(config: Any, key: str) -> None:
     config.compute_hash = compute_hash
 
 
-def salt_requests(request: Any, key: str | None) -> None:
+def salt_requests(request: Any, key: str | None, *, fills: bool = False) -> None:
     """A request that cannot be steered rightly fails here, alone.
 
-    With a `key`, cached blocks of an image request are shared with no other at all.
+    With a `key`, cached blocks of an image request are shared with no other at all. With `fills`,
+    an image request has to name the coordinates of its text.
     """
     original = request.from_engine_core_request.__func__
 
     def from_engine_core_request(cls: Any, made: Any, *args: Any, **more: Any) -> Any:
-        _check_request(made)
+        _check_request(made, fills=fills)
         if made.mm_features and key is not None:
             made.cache_salt = f"cmrm {key} {made.request_id}"
         return original(cls, made, *args, **more)
@@ -124,17 +126,20 @@ def _check_blocks(cache: Any, positions: Positions) -> None:
         )
 
 
-def _check_request(made: Any) -> None:
+def _check_request(made: Any, *, fills: bool) -> None:
     """Refuse a request whose steering was not shown to be right.
 
     Raises:
-        ModelError: it carries something else than images, or grows while it is answered.
+        ModelError: it carries something else than images, grows while it is answered, or names no
+            coordinates of its text where the program `fills`.
     """
     others = sorted({part.modality for part in made.mm_features or ()} - {"image"})
     if others:
         raise ModelError(f"cmrm: the request carries {', '.join(others)}; images alone are tested")
     if getattr(made, "resumable", False) or made.prompt_embeds is not None:
         raise ModelError("cmrm: requests that grow, or that are embeddings, are not tested")
+    if fills and made.mm_features and "target" not in asked(made):
+        raise ModelError("cmrm: `fill` has no coordinates of this request's text; ask as a chat")
 
 
 def refuse_beams(*owners: Any) -> None:
