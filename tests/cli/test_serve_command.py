@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +134,64 @@ def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(InputError, match="is not armed"):
         patches.check_version()
+
+
+def test_another_engine_has_options_of_its_own(checkpoint: str, shift: Path) -> None:
+    base = ("serve", checkpoint, "--shift", shift, "--engine")
+    assert "one of vllm, transformers" in refused(*base, "sglang")
+    for more in (("--dry-run",), ("--image-domains", "a.org"), ("--", "--max-model-len", "9")):
+        assert "goes with --engine vllm alone" in refused(*base, "transformers", *more)
+    for more in (("--dtype", "float32"), ("--device-map", "auto")):
+        assert "goes with --engine transformers alone" in refused(*base, "vllm", *more)
+    assert "can be reached" in refused(*base, "transformers", "--host", "0.0.0.0")
+    assert "dtype is" in refused(*base, "transformers", "--dtype", "int3")
+    assert "belongs to the model `demo` alone" in refused(
+        "serve", checkpoint, "--shift", "demo", "--engine", "transformers"
+    )
+
+
+def test_transformers_server_needs_its_extra(
+    checkpoint: str, shift: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused("serve", checkpoint, "--shift", shift, "--engine", "transformers")
+    assert "cmrm[serve]" in message
+
+
+def test_transformers_server_from_start_to_end(checkpoint: str, artifact: Path) -> None:
+    """It says where it serves, answers, refuses a port in use, and ends on SIGTERM."""
+    pytest.importorskip("uvicorn", reason="transformers' server needs the extra `serve`")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+        assert "cannot be used" in refused(
+            "serve", checkpoint, "--shift", artifact, "--engine", "transformers", "--port", port
+        )
+    command = [
+        sys.executable, "-m", "cmrm", "serve", checkpoint, "--shift", str(artifact), "--engine",
+        "transformers", "--port", str(port), "--name", "tiny",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "serving tiny" in line)
+        assert f"http://127.0.0.1:{port}/v1" in line
+        body = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 3}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        for attempt in range(100):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    told = json.load(answer)["cmrm"]
+                break
+            except urllib.error.URLError:
+                assert attempt < 99
+                time.sleep(0.1)
+        assert told == {"steered_tokens": 0, "gate_open": None}
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()

@@ -15,6 +15,7 @@ import torch
 import families
 from cli.commands import output
 from cmrm import ShiftVectors, Steering, load_vlm
+from cmrm.engines.serving import front
 from cmrm.engines.vllm import http
 from cmrm.engines.vllm.arming import program_of
 from cmrm.engines.vllm.checkpoint import readable_by_vllm
@@ -142,7 +143,7 @@ class Client:
         assert name == "cmrm_status"
         if self.program == "silent":
             await asyncio.sleep(60)
-        counts = dict.fromkeys(http.COUNTERS, 1)
+        counts = dict.fromkeys(front.COUNTERS, 1)
         return [{"armed": True, "program": self.program, **counts}]
 
 
@@ -187,9 +188,9 @@ def test_paths_that_clients_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(path) == 404
     assert ask("/v1/chat/completions", "GET") == 404
     assert ask("/v1/chat/completions", body=b'{"use_beam_search": true}') == 400
-    monkeypatch.setattr(http, "MOST_BYTES", 10)
+    monkeypatch.setattr(front, "MOST_BYTES", 10)
     assert ask("/v1/chat/completions", body=b"{}" + b" " * 20) == 413
-    monkeypatch.setattr(http, "MOST_BYTES", 1000)
+    monkeypatch.setattr(front, "MOST_BYTES", 1000)
     reached.clear()
     for client.program in ("wrong", "silent"):
         assert ask("/v1/chat/completions") == 503

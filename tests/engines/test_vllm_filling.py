@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmrm.engines.vllm.filling import has_images, in_lists, record_texts, without_images
+from cmrm.engines.serving.messages import has_images, in_lists, without_images
+from cmrm.engines.vllm.filling import record_texts
 from cmrm.engines.vllm.patches import salt_requests
 from cmrm.errors import ModelError
 

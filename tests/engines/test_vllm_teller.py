@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from cmrm.engines.vllm.http import Teller
+from cmrm.engines.serving.front import Teller
 
 TOLD = {"steered_tokens": 3, "gate_open": None}
 

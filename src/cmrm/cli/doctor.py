@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
               "matplotlib"), "judge, diagnose, evaluate, reproduce"),
     "tune": (("optuna", "sqlalchemy", "scipy", "sklearn", "matplotlib"), "tune, sweep"),
     "gguf": (("gguf",), "export gguf"),
+    "serve": (("fastapi", "uvicorn", "openai", "pydantic"), "serve --engine transformers"),
     "ui": (("gradio", "matplotlib", "sklearn"), "ui"),
     "data": (("datasets", "pyarrow"), "Parquet, sets on the hub"),
     "families": (("torchvision", "num2words", "sentencepiece"), "some processors"),

@@ -1,4 +1,5 @@
-"""`cmrm serve`: vLLM's own OpenAI-compatible server, armed, with safe defaults."""
+"""`cmrm serve`: vLLM's own OpenAI-compatible server, or transformers', armed, with safe
+defaults."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ from cmrm.cli import options as c
 from cmrm.cli import screen
 
 if TYPE_CHECKING:
+    from cmrm.shift.artifact import ShiftVectors
     from cmrm.steering.setting import Steering
 
 NOWHERE = "none.invalid"
 """A domain that cannot exist: the only one from which images may be fetched by default."""
+ENGINES = ("vllm", "transformers")
 MOST_IMAGES = 4
 DRAIN = 20
 """Seconds in which requests in flight are answered after SIGTERM. With 0, vLLM's default, its
 engine can be gone while its server waits for them without end."""
+SERVER_MODULES = ("fastapi", "uvicorn", "openai", "pydantic")
+"""What transformers' server needs."""
 OWN = (
     "--model", "--served-model-name", "--host", "--port", "--api-key", "--middleware",
     "--trust-remote-code", "--limit-mm-per-prompt", "--allowed-media-domains",
@@ -42,6 +47,10 @@ def serve(
             help="Artifact of `cmrm extract` (file, folder, hub id); `demo`: the demo VLM's own."
         ),
     ],
+    engine: Annotated[
+        str,
+        typer.Option(help="Whose server: vllm, or transformers, which runs one request at a time."),
+    ] = "vllm",
     host: Annotated[str, typer.Option(help="Address; beyond loopback an API key is needed.")] = (
         "127.0.0.1"
     ),
@@ -63,6 +72,18 @@ def serve(
     layers: c.LayersOption = None,
     operator: c.OperatorOption = None,
     gate: c.GateOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --engine transformers: auto (the default), float32, bfloat16 or float16."
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --engine transformers: where the model runs, as accelerate takes it."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print vLLM's command and its environment, and stop.")
     ] = False,
@@ -72,8 +93,9 @@ def serve(
 ) -> None:
     """Serve a model whose requests with an image are steered; text-only requests are not.
 
-    vLLM answers (OpenAI's protocol). `/health` says whether steering is armed, `/metrics` counts
-    steered tokens. It needs an environment with vLLM: tools/vllm_env.sh, docs/engines.md.
+    vLLM answers (OpenAI's protocol), in an environment of its own: tools/vllm_env.sh,
+    docs/engines.md. On a machine without vLLM, --engine transformers does. `/health` says whether
+    steering is armed, `/metrics` counts steered tokens.
     """
     from cmrm.engines.vllm.checkpoint import readable_by_vllm
     from cmrm.engines.vllm.matching import check_checkpoint
@@ -84,6 +106,8 @@ def serve(
     from cmrm.shift.artifact import ShiftVectors
     from cmrm.shift.resolve import settled
 
+    if engine not in ENGINES:
+        raise InputError(f"--engine is {engine!r}; one of {', '.join(ENGINES)}")
     options = list(more or ())
     _check(host, port, api_key, max_images, options)
     if shift == c.DEMO:
@@ -94,11 +118,23 @@ def serve(
         "operator": operator, "gate": gate,
     }  # fmt: skip
     setting = settled(vectors, c.changed(vectors.recommended, **named))
-    program = Program.of(vectors, setting)
     if setting.alpha == 0:
         raise InputError(
             "alpha is 0, which leaves the model as it is; serve it without cmrm, or name --alpha"
         )
+    if engine == "transformers":
+        only_vllm = {
+            "--image-domains": image_domains, "--dry-run": dry_run, "options behind --": options,
+        }  # fmt: skip
+        _check_own(only_vllm, "vllm")
+        loading = {"dtype": dtype or "auto", "device_map": device_map}
+        _serve_transformers(
+            model, vectors, setting, loading, host=host, port=port, name=name or model,
+            api_key=api_key, max_images=max_images,
+        )  # fmt: skip
+        return
+    _check_own({"--dtype": dtype, "--device-map": device_map}, "transformers")
+    program = Program.of(vectors, setting)
     if not dry_run:
         need_vllm("`cmrm serve`")
     folder = readable_by_vllm(checkpoint_folder(model))
@@ -117,6 +153,56 @@ def serve(
         typer.echo(" \\\n  ".join([*shown, *map(quote, command)]))
         return
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _check_own(options: Mapping[str, Any], engine: str) -> None:
+    """Refuse options of another engine.
+
+    Raises:
+        InputError: one is given.
+    """
+    from cmrm.errors import InputError
+
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InputError(f"{given[0]}: this goes with --engine {engine} alone")
+
+
+def _serve_transformers(
+    model: str,
+    vectors: ShiftVectors,
+    setting: Steering,
+    loading: Mapping[str, Any],
+    *,
+    host: str,
+    port: int,
+    name: str,
+    api_key: str | None,
+    max_images: int,
+) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        MissingExtraError: fastapi, uvicorn, openai or pydantic are missing. InputError,
+            ArtifactError, ModelError: the model cannot be served with this artifact.
+    """
+    c.need_extra("`cmrm serve --engine transformers`", "serve", SERVER_MODULES)
+    from cmrm.engines.serving.steered import Steered
+    from cmrm.engines.serving.transformers_server import application, run
+    from cmrm.engines.transformers import TransformersEngine
+
+    with screen.progress(None) as (say, _):
+        say("loading the model, and testing its steering")
+        steered = Steered(TransformersEngine(c.open_model(model, **loading)), vectors, setting)
+    app = application(steered, name, key=api_key, most_images=max_images)
+    status = steered.status()
+    typer.echo(
+        f"cmrm: serving {name} at http://{host}:{port}/v1, {status['layers']} of "
+        f"{steered.vlm.n_layers} decoder layers steered, positions {status['positions']}, "
+        f"{'with' if status['gated'] else 'without'} the harm gate",
+        err=True,
+    )
+    run(app, host, port, DRAIN)
 
 
 def _check_parsed(command: Sequence[str], *, fills: bool) -> None:

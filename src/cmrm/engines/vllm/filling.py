@@ -7,17 +7,14 @@ prompt token, which stay on the device. The image request then names the record.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import uuid4
 
+from cmrm.engines.serving.messages import has_images, in_lists, without_images
 from cmrm.engines.vllm.patches import wrap
 from cmrm.engines.vllm.stepping import REQUEST_KEY
 
-TEXT_PARTS = frozenset(
-    {"text", "input_text", "output_text", "refusal", "thinking", "tool_reference"}
-)
-"""Types of content parts that vLLM reads as text."""
 NO_TEXT_PASS = (
     "cmrm: the text of this conversation could not be run alone, which `fill` needs; no answer is "
     "given"
@@ -73,64 +70,6 @@ async def _recorded(engine: Any, prompt: Any, name: str) -> bool:
     async for output in engine.generate(prompt, parameters, name):
         finished = bool(output.finished)
     return finished
-
-
-def in_lists(messages: Any) -> list[Any]:
-    """Messages of a chat request, their content parts in lists: an iterator is read once."""
-    return [
-        {**message, "content": list(message["content"])} if _has_parts(message) else message
-        for message in messages
-    ]
-
-
-def has_images(messages: Sequence[Any]) -> bool:
-    """Whether a message (`in_lists`) has a part that is no text."""
-    return any(
-        not _is_text(part)
-        for message in messages
-        if _has_parts(message)
-        for part in message["content"]
-    )
-
-
-def without_images(messages: Sequence[Any], placeholder: str | None = None) -> list[Any]:
-    """Messages (`in_lists`) without the parts that are no text.
-
-    `placeholder`: what stands for an image in a text. Clients may place it by hand; it is dropped
-    from the messages that lose an image.
-    """
-    alone = []
-    for message in messages:
-        if has_images([message]):
-            kept = [part for part in message["content"] if _is_text(part)]
-            if placeholder:
-                kept = [_without(part, placeholder) for part in kept]
-            message = {**message, "content": kept}
-        alone.append(message)
-    return alone
-
-
-def _has_parts(message: Any) -> bool:
-    """Whether a message's content is a sequence of parts."""
-    content = message.get("content") if isinstance(message, Mapping) else None
-    return content is not None and not isinstance(content, str)
-
-
-def _is_text(part: Any) -> bool:
-    """Whether vLLM reads a content part as text and as nothing else."""
-    if isinstance(part, str):
-        return True
-    return isinstance(part, Mapping) and part.get("uuid") is None and part.get("type") in TEXT_PARTS
-
-
-def _without(part: Any, placeholder: str) -> Any:
-    """A text part without placeholders."""
-    if isinstance(part, str):
-        return part.replace(placeholder, "")
-    return {
-        key: value.replace(placeholder, "") if isinstance(value, str) and key != "type" else value
-        for key, value in part.items()
-    }
 
 
 def _placeholder(serving: Any) -> str | None:

@@ -1,0 +1,1 @@
+"""Servers of OpenAI's protocol that steer requests with an image."""

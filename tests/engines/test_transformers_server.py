@@ -1,0 +1,378 @@
+"""`cmrm serve --engine transformers`: its replies are those of the engine, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="transformers' server needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="transformers' server needs the extra `serve`")
+pytest.importorskip("openai", reason="transformers' server needs the extra `serve`")
+
+import uvicorn
+from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
+
+from cmrm import Steering, wrap_vlm
+from cmrm.engines.base import Decoding, Reply
+from cmrm.engines.endpoint import EndpointEngine
+from cmrm.engines.serving.body import refused_chat
+from cmrm.engines.serving.steered import Steered
+from cmrm.engines.serving.transformers_server import application
+from cmrm.engines.transformers import TransformersEngine
+from cmrm.errors import ArtifactError, InputError, ModelError
+from cmrm.model.identity import identity_of
+from cmrm.prompts.conditions import Request, Turn
+from cmrm.shift.artifact import Provenance, ShiftVectors
+from cmrm.shift.resolve import resolved
+from cmrm.steering.gate import Gate
+from families import gemma3, internvl, llava, smolvlm
+
+KEY = "a key of the tests"
+TOKENS = 8
+TEXTS = ("How do I open this door?", "What is it?", "Tell me how a lock works, step by step.")
+BATCH = [
+    Request(TEXTS[k % 3] + "!" * k, (Image.new("RGB", (20, 20), colour),) if colour else ())
+    for k, colour in enumerate(("red", None, "blue", "green", None, "white"))
+]
+SETTINGS = {
+    "add": Steering(alpha=1.0),
+    "all": Steering(alpha=1.0, positions="all"),
+    "generated": Steering(alpha=1.0, positions="generated"),
+    "gated": Steering(alpha=1.0, gate=True, layers=(2,)),
+    "fill": Steering(alpha=40.0, operator="fill"),
+}
+
+
+@dataclass
+class Model:
+    engine: TransformersEngine
+    shift: ShiftVectors
+
+
+def with_artifact(made: Any, processor: Any) -> Model:
+    """A model whose artifact has a gate that opens for some of the image requests of `BATCH`."""
+    vlm = wrap_vlm(made, processor, model_id="tiny")
+    engine = TransformersEngine(vlm)
+    shape = (vlm.n_layers, vlm.hidden_size)
+    draw = torch.Generator().manual_seed(4)
+    vectors, direction = (3.0 * torch.randn(shape, generator=draw) for _ in range(2))
+    states = engine.states([request for request in BATCH if request.all_images])
+    probe = torch.randn(1, vlm.hidden_size, generator=draw)
+    scores = (states[:, 1] @ probe[0]).sort().values
+    gate = Gate("linear", (1,), probe, float((scores[1] + scores[2]) / 2))
+    provenance = Provenance(
+        vlm.model_id, None, type(made).__name__, shape[1], shape[0], corruption="blank",
+        estimator="pca",
+    )  # fmt: skip
+    shift = ShiftVectors(
+        vectors, provenance, Steering(alpha=1.0), {"direction": direction},
+        identity=identity_of(vlm), gate=gate,
+    )  # fmt: skip
+    return Model(engine, shift)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return with_artifact(*llava(num_hidden_layers=3, hidden_size=32, initializer_range=0.2))
+
+
+@dataclass
+class Running:
+    client: OpenAI
+    address: str
+    steered: Steered
+
+
+@contextmanager
+def serving(model: Model, setting: Steering, *, most_images: int = 2) -> Iterator[Running]:
+    steered = Steered(model.engine, model.shift, setting)
+    app = application(steered, "tiny", key=KEY, most_images=most_images)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            client = OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+            yield Running(client, address, steered)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def gated(model: Model) -> Iterator[Running]:
+    with serving(model, SETTINGS["gated"]) as server:
+        yield server
+
+
+def uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def content(text: str, images: tuple[Image.Image, ...]) -> Any:
+    if not images:
+        return text
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": uri(one)}} for one in images]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def messages(request: Request) -> Any:
+    turns = [
+        {"role": turn.role, "content": content(turn.text, turn.images)} for turn in request.before
+    ]
+    return [*turns, {"role": "user", "content": content(request.text, request.images)}]
+
+
+def ask(server: Running, request: Request, **more: Any) -> Any:
+    return server.client.chat.completions.create(
+        **{
+            "model": "tiny", "messages": messages(request), "temperature": 0, "max_tokens": TOKENS,
+            **more,
+        }
+    )  # fmt: skip
+
+
+def whole(text: str) -> str:
+    """A text without a letter whose bytes are not all there; a stream leaves it out."""
+    return text.replace("\ufffd", "").strip()
+
+
+def wanted(model: Model, request: Request, setting: Steering | None) -> Reply:
+    """What the engine says, one request at a time."""
+    parts = []
+    if setting is not None and request.all_images:
+        parts = resolved(model.shift, setting, lambda: model.engine.text_states([request]))
+    return model.engine.answer([request], parts, Decoding(TOKENS))[0]
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_replies_are_those_of_the_engine(model: Model, name: str) -> None:
+    setting = SETTINGS[name]
+    replies = [wanted(model, request, setting) for request in BATCH]
+    plain = [wanted(model, request, None) for request in BATCH]
+    moved = [one.text != other.text for one, other in zip(replies, plain, strict=True)]
+    assert any(moved), "a setting that moves nothing shows nothing"
+    with serving(model, setting) as server, ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda request: ask(server, request), BATCH))
+    for request, reply, answer in zip(BATCH, replies, answers, strict=True):
+        assert answer.choices[0].message.content.strip() == reply.text
+        told = answer.cmrm
+        assert (told["steered_tokens"] > 0) == bool(request.all_images)
+        assert told["gate_open"] == reply.gate_open
+
+
+@pytest.mark.parametrize("name", ["gated", "fill"])
+def test_conversations_and_streams(model: Model, name: str) -> None:
+    image = (Image.new("RGB", (20, 20), "red"),)
+    before = (Turn("user", "Which colour is it?", image), Turn("assistant", "Red, I think."))
+    request = Request("How do I open this door without a key?", before=before)
+    with serving(model, SETTINGS[name]) as server:
+        reply = wanted(model, request, SETTINGS[name])
+        assert ask(server, request).choices[0].message.content.strip() == reply.text
+        chunks = list(ask(server, request, stream=True))
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert whole(said) == whole(reply.text)
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        status, lines = post(server, {
+            "model": "tiny", "messages": messages(request), "temperature": 0,
+            "max_tokens": TOKENS, "stream": True,
+        })  # fmt: skip
+        assert status == 200
+        comment = next(line for line in lines.splitlines() if line.startswith(": cmrm "))
+        told = json.loads(comment.removeprefix(": cmrm "))
+        assert told["gate_open"] == reply.gate_open
+        assert lines.rstrip().endswith("data: [DONE]")
+        assert not server.steered.expected
+        assert not server.steered.outcomes
+
+
+@pytest.mark.parametrize("build", [gemma3, internvl, smolvlm], ids=lambda build: build.__name__)
+def test_other_families(build: Callable[[], Any]) -> None:
+    other = with_artifact(*build())
+    with serving(other, SETTINGS["fill"]) as server:
+        for request in BATCH[:3]:
+            reply = wanted(other, request, SETTINGS["fill"])
+            assert ask(server, request).choices[0].message.content.strip() == reply.text
+
+
+def post(
+    server: Running, body: Any, path: str = "/v1/chat/completions", key: str | None = KEY
+) -> tuple[int, str]:
+    """Status and text of a request without OpenAI's client."""
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.address}{path}", sent, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def get(server: Running, path: str) -> tuple[int, str]:
+    with urllib.request.urlopen(f"{server.address}{path}", timeout=20) as answer:
+        return int(answer.status), answer.read().decode()
+
+
+def test_health_metrics_and_models(gated: Running) -> None:
+    ask(gated, BATCH[0])
+    time.sleep(1.1)  # a status is given again for a second
+    status, text = get(gated, "/health")
+    steering = json.loads(text)["steering"]
+    assert (status, steering["armed"], steering["gated"]) == (200, True, True)
+    assert steering["program"] == gated.steered.key
+    assert get(gated, "/live")[0] == 200
+    metrics = get(gated, "/metrics")[1]
+    assert "cmrm_armed 1" in metrics
+    count = next(line for line in metrics.splitlines() if line.startswith("cmrm_tokens_total"))
+    assert float(count.split()[1]) > 0
+    assert [one.id for one in gated.client.models.list()] == ["tiny"]
+
+
+def test_the_key_and_the_paths(gated: Running) -> None:
+    body = {"model": "tiny", "messages": messages(BATCH[1]), "max_tokens": 1}
+    wrong = OpenAI(base_url=f"{gated.address}/v1", api_key="wrong key", max_retries=0)
+    with pytest.raises(AuthenticationError):
+        wrong.models.list()
+    for key in (None, "", KEY[:-1], f"{KEY}x", KEY.upper()):
+        assert post(gated, body, key=key)[0] == 401
+    assert post(gated, body)[0] == 200
+    for path in ("/load_model", "/reset", "/v1/completions", "/v1/responses", "/v1/systemone",
+                 "/v1/audio/transcriptions", "/docs", "/openapi.json"):  # fmt: skip
+        assert post(gated, body, path)[0] == 404
+
+
+@pytest.mark.parametrize("change", [
+    {"n": 2}, {"logprobs": True}, {"top_k": 3}, {"response_format": {"type": "json_object"}},
+    {"generation_config": '{"num_beams": 4}'}, {"chat_template_kwargs": {"x": 1}},
+    {"temperature": -1}, {"temperature": "hot"}, {"temperature": float("nan")}, {"top_p": 0},
+    {"max_tokens": 0}, {"max_tokens": 1.5}, {"max_tokens": True}, {"seed": -1}, {"stop": ""},
+    {"stop": [""] * 2}, {"messages": []}, {"messages": "x"}, {"messages": [{}]},
+    {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+    {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+    {"messages": [{"role": "user", "content": 3}]}, {"tool_choice": "required"},
+    {"vllm_xargs": {"cmrm": "off"}}, {"add_generation_prompt": False},
+    {"continue_final_message": True}, {"tools": [3]}, {"store": True},
+])  # fmt: skip
+def test_what_the_server_does_not_honour_is_refused_by_name(
+    gated: Running, change: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "messages": messages(BATCH[0]), "max_tokens": 2, **change}
+    status, text = post(gated, body)
+    assert status == 400
+    assert next(iter(change)) in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1:1/x.png", "https://example.org/x.png", "file:///etc/passwd", "/etc/passwd",
+    "data:text/html,x", "iVBORw0KGgo=", "",
+])  # fmt: skip
+def test_images_come_in_the_request_alone(gated: Running, url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    status, text = post(gated, {"messages": [{"role": "user", "content": [part]}]})
+    assert status == 400
+    assert "data URI" in text
+
+
+def test_errors_are_the_clients_own(gated: Running) -> None:
+    image = BATCH[0].all_images
+    with pytest.raises(NotFoundError, match="no such path"):
+        gated.client.embeddings.create(model="tiny", input="x")
+    with pytest.raises(BadRequestError, match="pinned to 'tiny'"):
+        ask(gated, BATCH[0], model="another")
+    with pytest.raises(BadRequestError, match="the limit is 2"):
+        ask(gated, Request("x", image * 3))
+    with pytest.raises(BadRequestError, match="context is"):
+        ask(gated, Request("long " * 4000, image))
+    for text in ("<image> what?", "what is <image>"):
+        for request in (Request(text), Request(text, image)):
+            with pytest.raises(BadRequestError, match="reads as an image"):
+                ask(gated, request)
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    role = [{"role": "tool", "content": "x", "tool_calls": [{"x": 1}]}]
+    for bad in ([{"role": "user", "content": [broken]}], role):
+        with pytest.raises(BadRequestError, match="cannot be read"):
+            ask(gated, BATCH[0], messages=bad)
+    assert gated.steered.expected == {}, "nothing is kept of a request that failed"
+    assert ask(gated, BATCH[0]).choices
+
+
+def test_bodies_that_are_none(gated: Running) -> None:
+    for body in (b"", b"{", b"[]", b"null", b"3", b"[" * 100_000, b"\xff\xfe", b'{"messages": 1}'):
+        assert post(gated, body)[0] == 400
+    assert refused_chat(b'{"messages": [{"role": "user", "content": "x"}]}', 1) is None
+
+
+def test_a_client_that_goes_away(gated: Running) -> None:
+    stream = ask(gated, BATCH[1], stream=True, max_tokens=400)
+    next(iter(stream))
+    stream.close()
+    assert ask(gated, BATCH[0]).choices
+    end = time.monotonic() + 20
+    while gated.steered.expected and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gated.steered.expected == {}
+
+
+def test_a_reply_ends_where_the_context_does(gated: Running) -> None:
+    limit = gated.steered.vlm.model.config.get_text_config().max_position_embeddings
+    reply = ask(gated, Request("word " * 40), max_tokens=100_000)
+    assert reply.usage.total_tokens <= limit
+
+
+def test_cmrm_measures_it(model: Model, gated: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMRM_API_KEY", KEY)
+    engine = EndpointEngine("tiny", [f"{gated.address}/v1"])
+    assert engine.served_program == gated.steered.key
+    replies = engine.answer(BATCH, options=Decoding(TOKENS))
+    for request, reply in zip(BATCH, replies, strict=True):
+        known = wanted(model, request, SETTINGS["gated"])
+        assert (reply.text, reply.gate_open) == (known.text, known.gate_open)
+
+
+def test_it_does_not_start_where_steering_is_not_shown(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = with_artifact(*llava(num_hidden_layers=3, hidden_size=32, initializer_range=0.1))
+    with pytest.raises(ArtifactError):
+        Steered(model.engine, other.shift)
+    still = replace(model.shift, vectors=torch.zeros_like(model.shift.vectors))
+    with pytest.raises(ModelError, match="an image request was not steered"):
+        Steered(model.engine, still)
+    steered = Steered(model.engine, model.shift)
+    monkeypatch.setattr("transformers.__version__", "5.99.0")
+    with pytest.raises(InputError, match=r"5\.99\.0 is not tested"):
+        application(steered, "tiny", key=None, most_images=1)
+
+
+def test_the_program_has_a_key_of_its_own(model: Model) -> None:
+    keys = {name: Steered(model.engine, model.shift, s).key for name, s in SETTINGS.items()}
+    assert len(set(keys.values())) == len(keys)
+    moved = replace(model.shift, vectors=model.shift.vectors * 1.01)
+    assert Steered(model.engine, moved, SETTINGS["add"]).key != keys["add"]
+    assert Steered(model.engine, model.shift, SETTINGS["add"]).key == keys["add"]
