@@ -124,12 +124,14 @@ def test_bodies_that_would_move_where_steering_begins() -> None:
         ({"use_beam_search": True}, "use_beam_search"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
-        ({"chat_template": "{{ x }}"}, "chat_template"), ([], "no JSON object"),
+        ({"chat_template": "{{ x }}"}, "chat_template"), ([], "not a JSON object"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"truncation_side": "right"}, "truncation_side"),
     )  # fmt: skip
     for body, reason in cases:
         assert reason in str(refused_body(json.dumps(body).encode()))
-    assert "no JSON" in str(refused_body(b"{"))
-    assert "no JSON" in str(refused_body(b"[" * 100_000))
+    assert "not JSON" in str(refused_body(b"{"))
+    assert "not JSON" in str(refused_body(b"[" * 100_000))
     fine = {"use_beam_search": False, "add_generation_prompt": True, "messages": []}
     assert refused_body(json.dumps(fine).encode()) is None
 

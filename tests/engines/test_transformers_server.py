@@ -270,6 +270,7 @@ def test_the_key_and_the_paths(gated: Running) -> None:
     {"n": 2}, {"logprobs": True}, {"top_k": 3}, {"response_format": {"type": "json_object"}},
     {"generation_config": '{"num_beams": 4}'}, {"chat_template_kwargs": {"x": 1}},
     {"temperature": -1}, {"temperature": "hot"}, {"temperature": float("nan")}, {"top_p": 0},
+    {"frequency_penalty": 0.5}, {"stop": "a" * 100_000},
     {"max_tokens": 0}, {"max_tokens": 1.5}, {"max_tokens": True}, {"seed": -1}, {"stop": ""},
     {"stop": [""] * 2}, {"messages": []}, {"messages": "x"}, {"messages": [{}]},
     {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]},
@@ -278,6 +279,8 @@ def test_the_key_and_the_paths(gated: Running) -> None:
     {"messages": [{"role": "user", "content": 3}]}, {"tool_choice": "required"},
     {"vllm_xargs": {"cmrm": "off"}}, {"add_generation_prompt": False},
     {"continue_final_message": True}, {"tools": [3]}, {"store": True},
+    {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+    {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
 ])  # fmt: skip
 def test_what_the_server_does_not_honour_is_refused_by_name(
     gated: Running, change: dict[str, Any]
@@ -290,7 +293,7 @@ def test_what_the_server_does_not_honour_is_refused_by_name(
 
 @pytest.mark.parametrize("url", [
     "http://127.0.0.1:1/x.png", "https://example.org/x.png", "file:///etc/passwd", "/etc/passwd",
-    "data:text/html,x", "iVBORw0KGgo=", "",
+    "data:text/html,x", "data:image/svg+xml,<svg/>", "iVBORw0KGgo=", "",
 ])  # fmt: skip
 def test_images_come_in_the_request_alone(gated: Running, url: str) -> None:
     part = {"type": "image_url", "image_url": {"url": url}}
@@ -313,13 +316,89 @@ def test_errors_are_the_clients_own(gated: Running) -> None:
         for request in (Request(text), Request(text, image)):
             with pytest.raises(BadRequestError, match="reads as an image"):
                 ask(gated, request)
-    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    role = [{"role": "tool", "content": "x", "tool_calls": [{"x": 1}]}]
-    for bad in ([{"role": "user", "content": [broken]}], role):
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}]
+    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    nested = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}]
+    for bad in (calls, nested):
         with pytest.raises(BadRequestError, match="cannot be read"):
             ask(gated, BATCH[0], messages=bad)
+    with pytest.raises(BadRequestError, match="more than"):
+        ask(gated, Request("x" * 600_000))
     assert gated.steered.expected == {}, "nothing is kept of a request that failed"
     assert ask(gated, BATCH[0]).choices
+
+
+def broken_images() -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, format="PNG")
+    whole = buffer.getvalue()
+    huge = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(huge, format="PNG")
+    return {
+        "none": b"", "text": b"hello", "cut": whole[:-200], "no pixels": whole[:60],
+        "bad chunk": whole[:33] + b"\x00\x00\x00\x04oops" + whole[41:], "huge": huge.getvalue(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(broken_images()))
+def test_images_that_are_none(gated: Running, kind: str) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(broken_images()[kind]).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    for stream in (False, True):
+        status, text = post(
+            gated, {"messages": [{"role": "user", "content": [part]}], "stream": stream}
+        )
+        assert status == 400, text
+        assert "image" in json.loads(text)["error"]["message"]
+    assert gated.steered.expected == {}
+
+
+def test_sampling_is_what_the_client_asks_for(model: Model, gated: Running) -> None:
+    def said(**more: Any) -> str:
+        return str(ask(gated, BATCH[0], max_tokens=16, **more).choices[0].message.content)
+
+    hot = [said(temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert len({said(temperature=1.5) for _ in range(3)}) > 1
+    assert len({said(temperature=0, seed=seed) for seed in (1, 2)}) == 1
+    greedy = said(temperature=0)
+    middle = next(word for word in greedy[2:] if word.isascii())
+    assert said(temperature=0, stop=middle) in greedy[: greedy.index(middle, 0) + 3]
+    settings = model.engine.vlm.model.generation_config
+    before = settings.num_beams, settings.do_sample
+    settings.num_beams, settings.do_sample = 3, True
+    try:
+        assert said(temperature=0) == greedy, "the checkpoint's own settings have no say"
+    finally:
+        settings.num_beams, settings.do_sample = before
+
+
+def test_a_model_that_fails(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, on one line, without what is inside; the next request is answered."""
+    with serving(model, SETTINGS["add"]) as server:
+
+        def fails(*args: Any, **more: Any) -> Any:
+            raise RuntimeError('CUDA "error"\nat /secret/place')
+
+        body = {"messages": messages(BATCH[0]), "max_tokens": 2}
+        with monkeypatch.context() as patch:
+            patch.setattr(server.steered.vlm.model, "generate", fails)
+            status, text = post(server, body)
+            assert status == 500
+            assert "the model failed (RuntimeError)" in json.loads(text)["error"]["message"]
+            status, text = post(server, {**body, "stream": True})
+            lines = [line for line in text.splitlines() if line.startswith("data: {")]
+            assert "the model failed" in json.loads(lines[-1].removeprefix("data: "))["error"]
+            assert "secret" not in text
+        assert ask(server, BATCH[0]).choices
+        assert server.steered.waiting == 0
+
+
+def test_a_full_queue_asks_to_come_again(gated: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmrm.engines.serving import transformers_server
+
+    monkeypatch.setattr(transformers_server, "MOST_WAITING", 0)
+    assert post(gated, {"messages": messages(BATCH[1]), "max_tokens": 1})[0] == 503
 
 
 def test_bodies_that_are_none(gated: Running) -> None:
@@ -328,15 +407,69 @@ def test_bodies_that_are_none(gated: Running) -> None:
     assert refused_chat(b'{"messages": [{"role": "user", "content": "x"}]}', 1) is None
 
 
-def test_a_client_that_goes_away(gated: Running) -> None:
-    stream = ask(gated, BATCH[1], stream=True, max_tokens=400)
-    next(iter(stream))
-    stream.close()
+def test_bodies_of_the_schema(gated: Running) -> None:
+    """No 5xx and no hang, whatever the schema allows."""
+    pytest.importorskip("schemathesis", reason="the extra `dev` installs it")
+    from cmrm.engines.serving import body
+    from fuzzing import statuses
+
+    picture = uri(BATCH[0].all_images[0])
+
+    def passable(sent: dict[str, Any]) -> None:
+        sent["model"] = "tiny"
+        for message in sent.get("messages") or ():
+            parts = message.get("content") if isinstance(message, dict) else None
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, dict) and isinstance(part.get("image_url"), dict):
+                    part["image_url"]["url"] = picture
+
+    steered = gated.steered.counts["masked"]
+    codes = statuses(gated.address, "/v1/chat/completions", body.Chat, KEY, changed=passable)
+    assert gated.steered.counts["masked"] > steered, "some of them have an image and a reply"
+    assert set(codes) <= {200, 400}
+    assert min(codes.count(200), codes.count(400)) > 5
     assert ask(gated, BATCH[0]).choices
-    end = time.monotonic() + 20
-    while gated.steered.expected and time.monotonic() < end:
-        time.sleep(0.05)
-    assert gated.steered.expected == {}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away(model: Model, stream: bool) -> None:
+    """Its generation ends, and the next request is answered."""
+    passes = threading.Semaphore(0)
+    count = 0
+
+    def counted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        passes.release()
+        time.sleep(0.01)
+
+    with serving(model, SETTINGS["gated"]) as server:
+        handle = model.engine.vlm.model.register_forward_hook(counted)
+        try:
+            text = Request("Tell me all.")
+            body = {"messages": messages(text), "max_tokens": 1500, "stream": stream}
+            sent = json.dumps({**body, "temperature": 0}).encode()
+            port = int(server.address.rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port)) as link:
+                link.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                    b"application/json\r\nAuthorization: Bearer "
+                    + KEY.encode()
+                    + b"\r\nContent-Length: "
+                    + str(len(sent)).encode()
+                    + b"\r\n\r\n"
+                    + sent
+                )
+                assert passes.acquire(timeout=30)
+            end = time.monotonic() + 60
+            while server.steered.waiting and time.monotonic() < end:
+                time.sleep(0.02)
+            assert server.steered.waiting == 0
+            assert count < 1000
+        finally:
+            handle.remove()
+        assert ask(server, BATCH[0]).choices
+        assert not server.steered.abandoned
 
 
 def test_a_reply_ends_where_the_context_does(gated: Running) -> None:

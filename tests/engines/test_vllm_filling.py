@@ -28,6 +28,7 @@ class Asked:
 
     messages: Any
     vllm_xargs: dict[str, Any] | None = None
+    n: int | None = 3
 
     def model_copy(self, update: dict[str, Any]) -> Asked:
         return replace(self, **update)
@@ -35,10 +36,10 @@ class Asked:
 
 @dataclass
 class Engine:
-    """In the place of vLLM's client of its engine; `ends`: whether a request is run to its end."""
+    """In the place of vLLM's client of its engine; `ends`: how a request does, or None."""
 
     replicas: int = 1
-    ends: bool = True
+    ends: str | None = "length"
     run: list[tuple[Any, Any, str]] = field(default_factory=list)
 
     @property
@@ -48,8 +49,9 @@ class Engine:
     async def generate(self, prompt: Any, parameters: Any, name: str) -> AsyncIterator[Any]:
         self.run.append((prompt, parameters, name))
         yield SimpleNamespace(finished=False)
-        if self.ends:
-            yield SimpleNamespace(finished=True)
+        if self.ends is not None:
+            outputs = [SimpleNamespace(finish_reason=self.ends)]
+            yield SimpleNamespace(finished=True, outputs=outputs)
 
 
 class Serving:
@@ -103,14 +105,14 @@ def test_an_image_request_names_what_its_text_has_recorded() -> None:
     ((prompt, parameters, name),) = engine.run
     assert prompt == [
         messages[0],
-        {"role": "user", "content": [{"type": "text", "text": "\nWhat?"}]},
+        {"role": "user", "content": [{"type": "text", "text": "What?"}]},
     ]
     assert parameters["max_tokens"] == 1
     assert parameters["extra_args"] == {"cmrm": {"record": name}}
     (request,) = serving.answered
     assert request.messages[1]["content"][0] is IMAGE
     assert len(request.messages[1]["content"]) == 2, "an iterator of parts is read once"
-    assert request.vllm_xargs == {"cmrm": {"target": name}, "other": 1}
+    assert request.vllm_xargs == {"cmrm": {"target": name, "uses": 3}, "other": 1}
 
 
 def test_a_text_request_runs_once_and_names_nothing() -> None:
@@ -134,7 +136,8 @@ def test_two_requests_have_two_records() -> None:
     ("engine", "error", "message"),
     [
         (Engine(), "too long", "too long"),
-        (Engine(ends=False), None, "no answer is given"),
+        (Engine(ends=None), None, "no answer is given"),
+        (Engine(ends="abort"), None, "no answer is given"),
         (Engine(replicas=2), None, "data parallelism"),
     ],
 )
@@ -151,7 +154,8 @@ PARTS = st.lists(
         st.just({"image_url": "data:..."}), st.just({"type": "input_image", "image_url": "x"}),
         st.just({"type": "image_pil", "image_pil": None, "uuid": "cached"}),
         st.just({"type": "text", "text": "x", "uuid": "cached", "image_url": "x"}),
-        st.just({"type": "refusal", "refusal": "no"}), st.just({"type": 3}), st.just(None),
+        st.just({"type": "refusal", "refusal": "no"}), st.just({"type": 3}),
+        st.just({"type": {"a": 1}}), st.just(None),
     ),
     max_size=4,
 )  # fmt: skip

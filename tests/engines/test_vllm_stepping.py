@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cmrm import ShiftVectors, Steering
+from cmrm.engines.vllm import stepping
 from cmrm.engines.vllm.board import Board
 from cmrm.engines.vllm.program import Program
 from cmrm.engines.vllm.stepping import MOST_RECORDS, State, before_dummy, state_of
@@ -67,6 +68,39 @@ def test_several_samples_of_one_request_share_a_record() -> None:
     made.prepare(["t"], {"t": 2}, known)
     made.prepare(["0_i", "1_i"], {"0_i": 3, "1_i": 3}, known)
     assert set(made.targets) == {"0_i", "1_i"}
+
+
+def test_a_record_is_dropped_behind_its_last_use() -> None:
+    made = state(FILL)
+    known = {"t": request(2, image=None, record="x")}
+    known |= {f"{k}_i": request(3, target="x", uses=2) for k in range(3)}
+    made.prepare(["t"], {"t": 2}, known)
+    made.prepare(["0_i"], {"0_i": 3}, known)
+    assert list(made.records) == ["x"]
+    made.prepare(["0_i", "1_i"], {"0_i": 1, "1_i": 3}, {**known, "0_i": request(3, 3, target="x")})
+    assert made.records == made.uses == {}
+    assert set(made.targets) == {"0_i", "1_i"}
+    with pytest.raises(ModelError, match="no coordinates"):
+        made.prepare(["2_i"], {"2_i": 3}, known)
+
+
+def test_outcomes_are_of_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "MOST_OUTCOMES", 1)
+    made = state(FILL)
+    made.remembers = True
+    known = {"t": request(2, image=None, record="x"), "i": request(3, target="x")}
+    made.prepare(["t"], {"t": 2}, known)
+    assert made.outcomes == {}, "nobody asks for what was done to a text that was run for another"
+    made.prepare(["i"], {"i": 3}, known)
+    assert made.outcomes == {"i": {"steered": 1, "open": None}}
+    known |= {"late": request(4, image=None), "i": request(3, 3, target="x")}
+    made.prepare(["late"], {"late": 4}, known)
+    assert list(made.outcomes) == ["late"], "the oldest one goes first"
+    made.prepare(["i"], {"i": 1}, known)
+    assert made.outcome_of("i") is None, "a part of it is not told"
+    assert made.outcome_of("late") == {"steered": 0, "open": None}
+    made.prepare([], {}, {})
+    assert made.counted == {}
 
 
 def test_a_new_request_of_an_old_name_inherits_nothing() -> None:

@@ -61,6 +61,7 @@ SETTINGS = {
     "some_layers": Steering(alpha=1.0, layers=(1, 3)),
     "gated": Steering(alpha=0.5, gate=True, layers=(2, 3)),
 }  # fmt: skip
+FILL = Steering(operator="fill", alpha=1.0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -87,15 +88,14 @@ def test_untouched_and_zero(model: Model) -> None:
 
 
 def test_fill_takes_each_request_to_what_it_has_as_text(model: Model) -> None:
-    setting = Steering(operator="fill", alpha=1.0)
     batch = [request for request in requests() if request["image"]]
     texts = [
         {"text": request["text"], "max_tokens": 1, "extra": {"cmrm": {"record": str(k)}}}
         for k, request in enumerate(batch)
     ]
     named = [{**request, "extra": {"cmrm": {"target": str(k)}}} for k, request in enumerate(batch)]
-    answered = vllm(model, [texts, [*named, {"text": "And the sea?"}]], setting)
-    wanted = hooks(model, batch, setting)
+    answered = vllm(model, [texts, [*named, {"text": "And the sea?"}]], FILL)
+    wanted = hooks(model, batch, FILL)
     assert all(same(answered["rounds"][1][:-1], wanted))
     assert not all(same(wanted, hooks(model, batch)))
 
@@ -104,6 +104,31 @@ def test_fill_without_coordinates_gives_no_answer(model: Model) -> None:
     done = run_vllm(model, [[{"text": "x", "image": "red"}]], Steering(operator="fill"))
     assert done.returncode != 0
     assert "no coordinates of this request's text" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("name", ["last", "all", "gated", "fill"])
+def test_preemption(model: Model, name: str) -> None:
+    """A request that makes room for others is run again later, and steered by the same rule."""
+    setting = FILL if name == "fill" else SETTINGS[name]
+    batch = [
+        {**request, "text": request["text"] + "?" * k}
+        for k in range(3) for request in requests() if request["image"] or name != "fill"
+    ]  # fmt: skip
+    rounds, asked = [], batch
+    if name == "fill":
+        texts = [
+            {"text": request["text"], "max_tokens": 1, "extra": {"cmrm": {"record": str(k)}}}
+            for k, request in enumerate(batch)
+        ]
+        rounds, asked = [texts], [
+            {**request, "extra": {"cmrm": {"target": str(k)}}} for k, request in enumerate(batch)
+        ]  # fmt: skip
+    answered = vllm(
+        model, [*rounds, asked], setting, block_size=16, num_gpu_blocks_override=24,
+        max_model_len=256, max_num_seqs=8,
+    )  # fmt: skip
+    assert answered["preempted"], "memory was short"
+    assert all(same(answered["rounds"][-1], hooks(model, batch, setting)))
 
 
 @pytest.mark.parametrize("name", ["last", "gated"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def test_data_parallel(model: Model, tmp_path: Path) -> None:
             with ThreadPoolExecutor(8) as pool:
                 answers = list(pool.map(lambda request: ask(server, request), batch))
             assert all(close(a, b) for a, b in zip(answers, wanted, strict=True))
+        with urllib.request.urlopen(f"{server.address}/metrics", timeout=20) as answer:
+            lines = answer.read().decode().splitlines()
+    for engine in (0, 1):
+        finished = [
+            float(line.rsplit(" ", 1)[1]) for line in lines
+            if line.startswith("vllm:request_success_total") and f'engine="{engine}"' in line
+        ]  # fmt: skip
+        assert sum(finished) > 0, "both engines answer"
 
 
 def test_fill_is_refused_under_data_parallelism(model: Model) -> None:

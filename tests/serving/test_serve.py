@@ -263,6 +263,7 @@ def test_nothing_else_is_reached(server: Server) -> None:
     for moved in (
         {"use_beam_search": True, "n": 2}, {"continue_final_message": True},
         {"add_generation_prompt": False}, {"chat_template": "{{ messages }}"},
+        {"truncate_prompt_tokens": 4}, {"truncation_side": "right"},
     ):  # fmt: skip
         assert post(server, "/v1/chat/completions", {**chat, **moved}, KEY) == 400
     assert post(server, "/live", None) == 200

@@ -71,7 +71,7 @@ def test_conversations(server: Server, model: Model) -> None:
         wanted = hooks(model, [asked], FILL)[0]["logprobs"]
         moved.append(not close(wanted, hooks(model, [asked])[0]["logprobs"]))
         assert close(said(server, [first, *turns[1:]]), wanted)
-    assert any(moved), "fill moves a request that lacks of its text's coordinates alone"
+    assert any(moved), "fill moves only a request whose coordinates are below those of its text"
 
 
 def test_a_placeholder_set_by_hand(server: Server, model: Model) -> None:

@@ -22,7 +22,16 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     from PIL import Image
     from vllm import LLM, SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
 
+    preempted: list[str] = []
+    original = Scheduler._preempt_request
+
+    def preempt(self: Any, request: Any, *args: Any, **more: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(self, request, *args, **more)
+
+    Scheduler._preempt_request = preempt
     options = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 1024,
         "enable_prefix_caching": False, "limit_mm_per_prompt": {"image": 2},
@@ -67,7 +76,9 @@ def main() -> None:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     state = getattr(runner, "cmrm_state", None)
     counts = None if state is None else state.counts
-    Path(sys.argv[2]).write_text(json.dumps({"rounds": rounds, "counts": counts}))
+    Path(sys.argv[2]).write_text(
+        json.dumps({"rounds": rounds, "counts": counts, "preempted": preempted})
+    )
 
 
 if __name__ == "__main__":

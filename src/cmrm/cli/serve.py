@@ -25,6 +25,8 @@ NOWHERE = "none.invalid"
 """A domain that cannot exist: the only one from which images may be fetched by default."""
 ENGINES = ("vllm", "transformers")
 MOST_IMAGES = 4
+MOST_REPLIES = 16
+"""To one request (`n`), unless the environment says otherwise; vLLM allows 16,384."""
 DRAIN = 20
 """Seconds in which requests in flight are answered after SIGTERM. With 0, vLLM's default, its
 engine can be gone while its server waits for them without end."""
@@ -49,7 +51,7 @@ def serve(
     ],
     engine: Annotated[
         str,
-        typer.Option(help="Whose server: vllm, or transformers, which runs one request at a time."),
+        typer.Option(help="The server: vllm, or transformers, which runs one request at a time."),
     ] = "vllm",
     host: Annotated[str, typer.Option(help="Address; beyond loopback an API key is needed.")] = (
         "127.0.0.1"
@@ -124,7 +126,7 @@ def serve(
         )
     if engine == "transformers":
         only_vllm = {
-            "--image-domains": image_domains, "--dry-run": dry_run, "options behind --": options,
+            "--image-domains": image_domains, "--dry-run": dry_run, "options after --": options,
         }  # fmt: skip
         _check_own(only_vllm, "vllm")
         loading = {"dtype": dtype or "auto", "device_map": device_map}
@@ -188,9 +190,10 @@ def _serve_transformers(
     """
     c.need_extra("`cmrm serve --engine transformers`", "serve", SERVER_MODULES)
     from cmrm.engines.serving.steered import Steered
-    from cmrm.engines.serving.transformers_server import application, run
+    from cmrm.engines.serving.transformers_server import application, bound, run
     from cmrm.engines.transformers import TransformersEngine
 
+    listener = bound(host, port)
     with screen.progress(None) as (say, _):
         say("loading the model, and testing its steering")
         steered = Steered(TransformersEngine(c.open_model(model, **loading)), vectors, setting)
@@ -202,7 +205,7 @@ def _serve_transformers(
         f"{'with' if status['gated'] else 'without'} the harm gate",
         err=True,
     )
-    run(app, host, port, DRAIN)
+    run(app, listener, DRAIN)
 
 
 def _check_parsed(command: Sequence[str], *, fills: bool) -> None:
@@ -339,6 +342,7 @@ def _command(
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_SERVER_DEV_MODE": "0",
+        "VLLM_MAX_N_SEQUENCES": os.environ.get("VLLM_MAX_N_SEQUENCES", str(MOST_REPLIES)),
         **with_plugin(os.environ),
         **with_cache(os.environ, options),
     }

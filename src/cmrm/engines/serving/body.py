@@ -3,15 +3,24 @@ not honour is refused by name."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-MOST_STOPS = 16
+MOST_STOPS, MOST_STOP_CHARACTERS = 16, 64
+"""For each text that stops a reply transformers makes a table: vocabulary by characters."""
 MOST_TOKENS = 1_000_000
+MOST_TEXT = 500_000
+"""Bytes of a body without its images: texts are tokenised before their length is known."""
+MOST_PIXELS = 40_000_000
+"""Of an image."""
+Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -19,8 +28,8 @@ class _Strict(BaseModel):
 
 
 class _ImageUrl(_Strict):
-    url: str = Field(pattern=r"^data:image/[^,]*,")
-    detail: str | None = None
+    url: str = Field(pattern=r"^data:image/[^,]*;base64,")
+    detail: Literal["auto"] | None = None
 
 
 class _TextPart(_Strict):
@@ -38,25 +47,27 @@ class _Message(_Strict):
     content: str | list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]] | None = (
         None
     )
-    name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def _one_of_both(self) -> _Message:
+        if self.tool_calls and self.content:
+            raise ValueError("content beside tool_calls would be passed over; send one of them")
+        return self
 
-class _Body(_Strict):
+
+class Chat(_Strict):
+    """A chat request."""
+
     model: str | None = None
     messages: list[_Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    frequency_penalty: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -77,12 +88,12 @@ def refused_chat(body: bytes, most_images: int) -> str | None:
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
-        return "the body is no JSON"
+        return "the body is not JSON"
     try:
-        chat = _Body.model_validate(asked)
+        chat = Chat.model_validate(asked)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        first = max(errors, key=lambda one: len(one["loc"]))  # of several forms, the nearest one
+        first = max(errors, key=lambda one: len(one["loc"]))  # the form that the body is nearest to
         place = _place(first["loc"]) or "the body"
         if first["type"] == "extra_forbidden":
             return f"{place} is not supported by --engine transformers; ask without it"
@@ -91,15 +102,36 @@ def refused_chat(body: bytes, most_images: int) -> str | None:
         return f"{place}: {first['msg']}"
     except RecursionError:
         return "the body is nested too deeply"
-    images = sum(
-        isinstance(part, _ImagePart)
+    images = _urls(chat)
+    if len(body) - sum(map(len, images)) > MOST_TEXT:
+        return f"the texts have more than {MOST_TEXT} bytes; shorten them"
+    if len(images) > most_images:
+        raise_to = "--max-images raises it"
+        return f"the request has {len(images)} images, the limit is {most_images} ({raise_to})"
+    return next((reason for url in images if (reason := _refused_image(url))), None)
+
+
+def _urls(chat: Chat) -> list[str]:
+    """Addresses of a request's images."""
+    return [
+        part.image_url.url
         for message in chat.messages
         if isinstance(message.content, list)
         for part in message.content
-    )
-    if images > most_images:
-        raise_to = "--max-images raises it"
-        return f"the request has {images} images, the limit is {most_images} ({raise_to})"
+        if isinstance(part, _ImagePart)
+    ]
+
+
+def _refused_image(url: str) -> str | None:
+    """Why an image is not taken; its pixels are not read for it."""
+    try:
+        content = base64.b64decode(url.partition(",")[2], validate=True)
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+    except Exception as error:  # a stranger's bytes: Pillow raises whatever it meets
+        return f"an image cannot be read: {type(error).__name__}"
+    if width * height > MOST_PIXELS:
+        return f"an image has {width} x {height} pixels, the limit is {MOST_PIXELS} in all"
     return None
 
 

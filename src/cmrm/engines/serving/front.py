@@ -7,7 +7,9 @@ own health; `/metrics` counts steered tokens.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import MappingProxyType
@@ -46,6 +48,7 @@ class Front:
     def __init__(self, app: Any) -> None:
         self.app = app
         self.armed = False
+        self.lock = asyncio.Lock()
         self.last: tuple[float, list[dict[str, Any]]] | None = None
 
     async def workers(self, scope: Scope) -> list[dict[str, Any]]:
@@ -64,6 +67,9 @@ class Front:
     def refusal(self, path: str, body: bytes) -> str | None:
         """Why a body is not taken; None where it is."""
         return None
+
+    def abandoned(self, name: str) -> None:
+        """The client of a request has gone away, or has its reply."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer `/health`, `/live` and `/metrics`; let clients ask, once every worker is armed."""
@@ -94,49 +100,67 @@ class Front:
             except Exception as error:  # whatever the engine raises, it is not armed
                 await refuse(send, 503, f"steering is not armed: {type(error).__name__}")
                 return
-        body = b""
-        if scope["method"] == "POST":
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                body += message.get("body", b"")
-                if len(body) > MOST_BYTES:
-                    await refuse(send, 413, f"a request has at most {MOST_BYTES} bytes")
-                    return
-                if not message.get("more_body", False):
-                    break
-            reason = self.refusal(scope["path"], body)
-            if reason is not None:
-                await refuse(send, 400, reason)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
                 return
-        replayed = False
+            body += message.get("body", b"")
+            if len(body) > MOST_BYTES:
+                await refuse(send, 413, f"a request has at most {MOST_BYTES} bytes")
+                return
+            if not message.get("more_body", False):
+                break
+        reason = self.refusal(scope["path"], bytes(body))
+        if reason is not None:
+            await refuse(send, 400, reason)
+            return
+        await self._pass_on(scope, receive, send, bytes(body))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Give a body that was read to the application, and notice when its client goes away."""
+        replayed, gone = False, asyncio.Event()
 
         async def again() -> Message:
             nonlocal replayed
             if replayed:
-                return await receive()
+                await gone.wait()
+                return {"type": "http.disconnect"}
             replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        if scope["method"] != "POST":
-            await self.app(scope, again, send)
-            return
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+            self.abandoned(name)
+
         name = f"cmrm{uuid4().hex}"
         headers = [(k, v) for k, v in scope.get("headers", ()) if k.lower() != b"x-request-id"]
         headers.append((b"x-request-id", name.encode()))
         teller = Teller(send, lambda: self.outcome(scope, name), completes=self.completes)
-        await self.app({**scope, "headers": headers}, again, teller.send)
+        watcher = asyncio.create_task(watch())
+        try:
+            await self.app({**scope, "headers": headers}, again, teller.send)
+        finally:
+            watcher.cancel()
+            self.abandoned(name)
 
     async def _status(self, scope: Scope) -> list[dict[str, Any]]:
         """`workers`, for a moment."""
-        now = time.monotonic()
-        if self.last is not None and now - self.last[0] < FRESH:
-            return self.last[1]
-        self.armed = False
-        workers = await self.workers(scope)
-        self.armed, self.last = True, (now, workers)
-        return workers
+        async with self.lock:
+            if self.last is not None and time.monotonic() - self.last[0] < FRESH:
+                return self.last[1]
+            try:
+                workers = await self.workers(scope)
+            except BaseException:
+                self.armed = False
+                raise
+            self.armed, self.last = True, (time.monotonic(), workers)
+            return workers
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = await self._plain_health(scope, receive)
@@ -153,7 +177,7 @@ class Front:
         await _answer(send, 200 if armed else 503, json.dumps(body).encode(), "application/json")
 
     async def _plain_health(self, scope: Scope, receive: Receive) -> int:
-        """Status of vLLM's own `/health`."""
+        """Status of the application's own `/health`."""
         status = 500
 
         async def catch(message: Message) -> None:
@@ -271,6 +295,14 @@ def _end_of(body: bytes) -> int | None:
     return None if at < 0 else at + 2
 
 
+def shows_key(scope: Scope, key: str | None) -> bool:
+    """Whether a request shows a key as its bearer; always where there is none."""
+    if not key:
+        return True
+    sent = [v for k, v in scope.get("headers", ()) if k.lower() == b"authorization"]
+    return len(sent) == 1 and secrets.compare_digest(sent[0], f"Bearer {key}".encode())
+
+
 async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
     headers = [
         (b"content-type", kind.encode()), (b"content-length", str(len(body)).encode()),
@@ -281,5 +313,6 @@ async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
 
 async def refuse(send: Send, status: int, reason: str) -> None:
     """An error in the form of OpenAI's protocol."""
-    error = {"message": f"cmrm: {reason}", "type": "invalid_request_error", "code": status}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": f"cmrm: {reason}", "type": kind, "code": status}
     await _answer(send, status, json.dumps({"error": error}).encode(), "application/json")

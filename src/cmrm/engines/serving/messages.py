@@ -66,14 +66,17 @@ def _is_text(part: Any) -> bool:
     """Whether servers read a content part as text and as nothing else."""
     if isinstance(part, str):
         return True
-    return isinstance(part, Mapping) and part.get("uuid") is None and part.get("type") in TEXT_PARTS
+    if not isinstance(part, Mapping) or part.get("uuid") is not None:
+        return False
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in TEXT_PARTS
 
 
 def _without(part: Any, placeholder: str) -> Any:
     """A text part without placeholders."""
     if isinstance(part, str):
-        return part.replace(placeholder, "")
+        return part.replace(f"{placeholder}\n", "").replace(placeholder, "")
     return {
-        key: value.replace(placeholder, "") if isinstance(value, str) and key != "type" else value
+        key: _without(value, placeholder) if isinstance(value, str) and key != "type" else value
         for key, value in part.items()
     }

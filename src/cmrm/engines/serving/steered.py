@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cmrm.engines.transformers import TransformersEngine
 from cmrm.engines.vllm.board import Row, steered_tokens
@@ -42,6 +44,8 @@ class Expected:
     has_image: bool
     text: Mapping[str, torch.Tensor] | None = None
     """Model inputs of the same conversation without its images, for `fill`."""
+    seed: int | None = None
+    """Of what is drawn."""
 
 
 class Steered:
@@ -70,6 +74,8 @@ class Steered:
         self.expected: dict[str, Expected] = {}
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.running: set[str] = set()
+        self.abandoned: set[str] = set()
+        self._lock = threading.Lock()
         self.counts = {"masked": 0, "tokens": 0}
         self._self_test()
 
@@ -112,14 +118,30 @@ class Steered:
             SteeringError: it is not known whether the request is to be steered, or steering did not
                 reach it. InputError: its prompt is not what it was said to be.
         """
-        known = self.expected.pop(name, None)
-        if known is None:
-            raise SteeringError("nothing is known of the request; no answer is given")
-        self.running.add(name)
+        with self._lock:
+            known = self.expected.pop(name, None)
+            self.running.add(name)
         try:
+            if known is None:
+                raise SteeringError("nothing is known of the request; no answer is given")
+            if name in self.abandoned:
+                raise SteeringError("the client is gone")
             return self._generate(name, known, arguments)
         finally:
-            self.running.discard(name)
+            with self._lock:
+                self.running.discard(name)
+                self.abandoned.discard(name)
+
+    def abandon(self, name: str) -> None:
+        """The client of a request has gone away, or has its reply: nothing more is run for it."""
+        with self._lock:
+            if name in self.running or name in self.expected:
+                self.abandoned.add(name)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that run, or wait for it."""
+        return len(self.running) + len(self.expected)
 
     async def outcome(self, name: str) -> dict[str, Any] | None:
         """What was done to a request, once it has ended; forgotten then. None where it failed.
@@ -137,12 +159,16 @@ class Steered:
         self._check(known, ids)
         steering: AbstractContextManager[Session | None] = nullcontext()
         with vlm.lock, torch.inference_mode():
+            if known.seed is not None:
+                torch.manual_seed(known.seed)
             if known.has_image:
                 steering = intervene(
                     vlm, *resolved(self.shift, self.steering, self._text_of(known))
                 )
             with steering as session:
-                out = vlm.model.generate(**placed)
+                out = vlm.model.generate(
+                    **placed, stopping_criteria=StoppingCriteriaList([self._gone(name)])
+                )
         steered = self._masked(ids, int(out.shape[1])) if known.has_image else 0
         opened = None if session is None or session.opened is None else bool(session.opened[0])
         self.counts["masked"] += steered
@@ -172,7 +198,21 @@ class Steered:
     def _check(self, known: Expected, ids: torch.Tensor) -> None:
         """Raises InputError where a prompt's tokens are not those of its request."""
         if bool((ids == self.vlm.image_token_id).any()) != known.has_image:
-            raise InputError("the request's tokens and its images do not agree; no answer is given")
+            raise InputError(
+                "the prompt's image tokens and the request's images do not agree, and no answer is "
+                "given; send images as parts of the type image_url, and no text that stands for one"
+            )
+
+    def _gone(self, name: str) -> StoppingCriteria:
+        """Ends a generation whose client is gone."""
+        abandoned = self.abandoned
+
+        class Gone(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+                rows = input_ids.shape[0]
+                return torch.full((rows,), name in abandoned, device=input_ids.device)
+
+        return Gone()
 
     def _masked(self, ids: torch.Tensor, total: int) -> int:
         """Tokens at steered positions, where the last one of `total` was not run any more; a gate

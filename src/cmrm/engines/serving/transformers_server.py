@@ -8,7 +8,7 @@ request at a time.
 
 from __future__ import annotations
 
-import secrets
+import logging
 import socket
 from typing import Any
 
@@ -16,26 +16,39 @@ import transformers
 import uvicorn
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
-from PIL import Image
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+from transformers.cli.serving.utils import (
+    GenerateManager,
+    GenerationState,
+    Modality,
+    _GenerationCancelled,
+)
 
 from cmrm.engines.serving.body import refused_chat
-from cmrm.engines.serving.front import Front, Scope
+from cmrm.engines.serving.front import Front, Scope, shows_key
 from cmrm.engines.serving.messages import has_images, texts_of, without_images
 from cmrm.engines.serving.steered import Expected, Steered
+from cmrm.engines.transformers import GREEDY
 from cmrm.errors import CmrmError, InputError
 
 TESTED = ("5.24",)
 """Versions of transformers, major and minor, whose server was tested."""
-UNREADABLE = (
-    ValueError, TypeError, KeyError, IndexError, OSError, TemplateError,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What transformers raises for a request that it cannot read."""
+MOST_WAITING = 64
+"""Requests that run, or wait for it; the next ones are asked to come again later."""
+PLAIN: dict[str, Any] = {
+    **{name: value for name, value in GREEDY.items() if name != "do_sample"},
+    "prompt_lookup_num_tokens": None, "guidance_scale": None, "penalty_alpha": None,
+    "dola_layers": None, "assistant_early_exit": None, "max_length": None, "min_length": None,
+    "min_new_tokens": None,
+}  # fmt: skip
+"""One row that is decoded token by token, whatever the checkpoint's own settings say."""
+_log = logging.getLogger("cmrm.serve")
+
+
+class _Failed(Exception):
+    """A request that was read, and could not be answered."""
 
 
 def check_version() -> None:
@@ -78,8 +91,8 @@ def application(steered: Steered, name: str, *, key: str | None, most_images: in
     return _Front(app, steered, key, most_images)
 
 
-def run(app: Front, host: str, port: int, drain: int) -> None:
-    """Serve until a signal ends it; requests in flight have `drain` seconds then.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address.
 
     Raises:
         InputError: the address cannot be used.
@@ -89,7 +102,15 @@ def run(app: Front, host: str, port: int, drain: int) -> None:
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise InputError(f"{host}:{port} cannot be used: {error.strerror or error}") from None
+        listener.close()
+        raise InputError(
+            f"{host}:{port} cannot be used ({error.strerror or error}); name another --port"
+        ) from None
+    return listener
+
+
+def run(app: Front, listener: socket.socket, drain: int) -> None:
+    """Serve until a signal ends it; requests in flight have `drain` seconds then."""
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=drain, server_header=False
     )
@@ -113,12 +134,11 @@ class _Front(Front):
     async def outcome(self, scope: Scope, name: str) -> dict[str, Any] | None:
         return await self.steered.outcome(name)
 
+    def abandoned(self, name: str) -> None:
+        self.steered.abandon(name)
+
     def admits(self, scope: Scope) -> bool:
-        if self.key is None:
-            return True
-        wanted = f"Bearer {self.key}".encode()
-        sent = [v for k, v in scope.get("headers", ()) if k.lower() == b"authorization"]
-        return len(sent) == 1 and secrets.compare_digest(sent[0], wanted)
+        return shows_key(scope, self.key)
 
     def refusal(self, path: str, body: bytes) -> str | None:
         return refused_chat(body, self.most_images)
@@ -195,9 +215,6 @@ class _Manager(GenerateManager):
         """A reply ends where the model's context does."""
         room = self.steered.room(request_id, inputs["input_ids"])
         gen_config.max_new_tokens = min(int(gen_config.max_new_tokens), room)
-        # One row that is decoded token by token, whatever the checkpoint's own settings say.
-        gen_config.num_beams = gen_config.num_return_sequences = 1
-        gen_config.use_cache, gen_config.return_dict_in_generate = True, False
 
 
 class _Named:
@@ -207,9 +224,21 @@ class _Named:
         self.steered, self.name = steered, name
 
     def generate(self, **arguments: Any) -> Any:
-        """Of transformers; `tokenizer` finds where a reply stops."""
+        """Of transformers; `tokenizer` finds where a reply stops.
+
+        Raises:
+            _Failed: it cannot be answered; the message is one that a client may read.
+        """
         tokenizer = self.steered.vlm.tokenizer
-        return self.steered.generate(self.name, {**arguments, "tokenizer": tokenizer})
+        try:
+            return self.steered.generate(self.name, {**arguments, "tokenizer": tokenizer})
+        except _GenerationCancelled:
+            raise
+        except CmrmError as error:
+            raise _Failed(_one_line(error)) from error
+        except Exception as error:  # whatever the model raises: the request has no answer
+            _log.exception("a request failed")
+            raise _Failed(f"the model failed ({type(error).__name__})") from error
 
 
 class _Chat(ChatCompletionHandler):
@@ -220,19 +249,34 @@ class _Chat(ChatCompletionHandler):
         self.steered = steered
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        expected = self.steered.expected
+        steered = self.steered
+        if steered.waiting >= MOST_WAITING:
+            return _error(503, f"{MOST_WAITING} requests wait already; come again later")
         try:
-            expected[request_id] = self._expected(body)
+            steered.expected[request_id] = self._expected(body)
             return await super().handle_request(body, request_id)
         except HTTPException:
-            expected.pop(request_id, None)
+            steered.expected.pop(request_id, None)
             raise
-        except (InputError, *UNREADABLE) as error:
-            expected.pop(request_id, None)
+        except _Failed as error:
+            return _error(500, str(error))
+        except Exception as error:  # whatever a stranger's request makes transformers raise
+            steered.expected.pop(request_id, None)
             return _error(400, f"the request cannot be read: {_one_line(error)}")
-        except CmrmError as error:
-            expected.pop(request_id, None)
-            return _error(500, _one_line(error))
+
+    def _build_generation_config(
+        self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
+    ) -> Any:
+        """Decoding as the client asks for it; the seed is set where the request runs."""
+        unseeded = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(unseeded, model_generation_config, use_cb)
+        config.update(**PLAIN)
+        temperature, top_p = body.get("temperature"), body.get("top_p")
+        if temperature == 0:
+            config.do_sample = False
+        elif temperature is not None or top_p is not None:
+            config.do_sample = True
+        return config
 
     def _expected(self, body: dict[str, Any]) -> Expected:
         """What a request carries.
@@ -245,23 +289,27 @@ class _Chat(ChatCompletionHandler):
         for placeholder in sorted(self.steered.vlm.placeholders):
             if any(placeholder in text for text in texts):
                 raise InputError(f"a text holds {placeholder!r}, which the model reads as an image")
+        seed = body.get("seed")
         if not has_images(messages):
-            return Expected(has_image=False)
+            return Expected(has_image=False, seed=seed)
         if not self.steered.needs_text:
-            return Expected(has_image=True)
+            return Expected(has_image=True, seed=seed)
         inputs = self.steered.vlm.processor.apply_chat_template(
             self.get_processor_inputs_from_messages(without_images(messages), Modality.VLM),
             add_generation_prompt=True, tools=body.get("tools"), return_tensors="pt",
             return_dict=True, tokenize=True,
         )  # fmt: skip
-        return Expected(has_image=True, text=dict(inputs))
+        return Expected(has_image=True, text=dict(inputs), seed=seed)
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """A message on one line that can stand in a JSON string as it is."""
+    line = " ".join(str(error).replace('"', "'").replace("\\", "/").split())
+    return line[:300] or type(error).__name__
 
 
 def _error(status: int, message: str) -> JSONResponse:
     """An error in the form of OpenAI's protocol."""
-    content = {"message": f"cmrm: {message}", "type": "invalid_request_error", "code": status}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    content = {"message": f"cmrm: {message}", "type": kind, "code": status}
     return JSONResponse({"error": content}, status_code=status)

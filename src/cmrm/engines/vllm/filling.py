@@ -54,7 +54,7 @@ async def _with_text(
         name = f"cmrm-text-{uuid4().hex}"
         if not await _recorded(serving.engine_client, rendered[1][0], name):
             return serving.create_error_response(NO_TEXT_PASS)
-        extra[REQUEST_KEY] = {"target": name}
+        extra[REQUEST_KEY] = {"target": name, "uses": request.n or 1}
     asked = request.model_copy(update={"messages": messages, "vllm_xargs": extra or None})
     return await original(serving, asked, *args, **more)
 
@@ -66,10 +66,11 @@ async def _recorded(engine: Any, prompt: Any, name: str) -> bool:
     parameters = SamplingParams(
         temperature=0.0, max_tokens=1, detokenize=False, extra_args={REQUEST_KEY: {"record": name}}
     )
-    finished = False
+    reasons = None
     async for output in engine.generate(prompt, parameters, name):
-        finished = bool(output.finished)
-    return finished
+        if output.finished:
+            reasons = [one.finish_reason for one in output.outputs]
+    return reasons in (["stop"], ["length"])
 
 
 def _placeholder(serving: Any) -> str | None:

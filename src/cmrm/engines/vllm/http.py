@@ -14,7 +14,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from cmrm.engines.serving.front import Front, Scope
+from cmrm.engines.serving.front import Front, Scope, shows_key
 
 TIMEOUT = 10.0
 """Seconds in which workers have to say that they are armed."""
@@ -26,6 +26,8 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "chat_template_kwargs": bool,
     "echo": bool,
     "kv_transfer_params": bool,
+    "truncate_prompt_tokens": lambda value: value is not None,
+    "truncation_side": lambda value: value is not None,
 }
 """Fields of a body that would move the token at which steering begins -> whether they do."""
 
@@ -59,6 +61,10 @@ class Middleware(Front):
             return None
         return {"steered_tokens": known["steered"], "gate_open": known["open"]}
 
+    def admits(self, scope: Scope) -> bool:
+        """vLLM looks at the key too, but behind this: nothing is read of a request without it."""
+        return shows_key(scope, os.environ.get("VLLM_API_KEY"))
+
     def refusal(self, path: str, body: bytes) -> str | None:
         """See `refused_body`."""
         return refused_body(body)
@@ -69,9 +75,9 @@ def refused_body(body: bytes) -> str | None:
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
-        return "the body is no JSON"
+        return "the body is not JSON"
     if not isinstance(asked, dict):
-        return "the body is no JSON object"
+        return "the body is not a JSON object"
     for name, moved in REFUSED.items():
         if name in asked and moved(asked[name]):
             return f"{name} would move the token at which steering begins; ask without it"

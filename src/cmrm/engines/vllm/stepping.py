@@ -15,11 +15,14 @@ from cmrm.engines.vllm.board import Board, Row, steered_tokens
 from cmrm.engines.vllm.program import Program
 from cmrm.errors import ModelError
 
-MOST_RECORDS = 10_000
+MOST_RECORDS = 100_000
 """Recorded coordinates that wait for their request; the oldest ones go first."""
+MOST_OUTCOMES = 10_000
+"""Outcomes that wait to be asked for; the oldest ones go first."""
 REQUEST_KEY = "cmrm"
 """Of `SamplingParams.extra_args`: `{"record": name}`; `{"target": name}` of what was recorded, or
-`{"target": [coordinates]}`; `{"name": name}` of a request whose outcome will be asked for."""
+`{"target": [coordinates]}`; `{"uses": n}`, behind which a record is dropped; `{"name": name}` of a
+request whose outcome will be asked for."""
 
 
 class State:
@@ -43,6 +46,10 @@ class State:
         self.outcomes: dict[str, dict[str, Any]] = {}
         """Name -> `{"steered": tokens at steered positions, "open": the gate's decision or None}`
         of the requests that have a name, or of all."""
+        self.uses: dict[str, int] = {}
+        """Name -> requests that have taken the record."""
+        self.counted: dict[str, str] = {}
+        """Request -> the name under which its outcome is kept."""
         self.remembers = False
         """Whether outcomes of all requests are kept, by vLLM's own names of them."""
         self.deciding: list[tuple[str, int]] = []
@@ -101,7 +108,9 @@ class State:
         """Keep what was asked for of the last pass."""
         for k, (name, token) in enumerate(self.pending):
             if len(self.records) >= MOST_RECORDS:
-                self.records.pop(next(iter(self.records)))
+                oldest = next(iter(self.records))
+                self.records.pop(oldest)
+                self.uses.pop(oldest, None)
             if self.program.reads:
                 states = [self.board.kept[layer][k] for layer in self.program.reads]
                 self.records[name] = torch.stack(states)
@@ -115,12 +124,18 @@ class State:
 
     def _remember(self, request: str, state: Any, row: Row) -> None:
         """Count a request's steered tokens, where somebody may ask for them."""
-        name = asked(state).get("name", request if self.remembers else None)
+        asks = asked(state)
+        name = asks.get("name", request if self.remembers and "record" not in asks else None)
         if not isinstance(name, str):
             return
-        if name not in self.outcomes and len(self.outcomes) >= MOST_RECORDS:
-            self.outcomes.pop(next(iter(self.outcomes)))
-        outcome = self.outcomes.setdefault(name, {"steered": 0, "open": None})
+        if request not in self.counted:
+            self.counted[request] = name
+            if len(self.outcomes) >= MOST_OUTCOMES:
+                self.outcomes.pop(next(iter(self.outcomes)))
+            self.outcomes.setdefault(name, {"steered": 0, "open": None})
+        outcome = self.outcomes.get(name)
+        if outcome is None:  # nobody asked for it in time; a part of it is not told
+            return
         outcome["steered"] += int(steered_tokens(row, self.program.positions).sum())
         if self.board.gated and row.decides and row.image_end is not None:
             self.deciding.append((name, row.slot))
@@ -158,6 +173,7 @@ class State:
         self.slots = {name: slot for name, slot in self.slots.items() if stays(name)}
         self.targets = {name: target for name, target in self.targets.items() if stays(name)}
         self.decided = {name for name in self.decided if stays(name)}
+        self.counted = {name: kept for name, kept in self.counted.items() if stays(name)}
 
     def _row(self, request: str, state: Any, count: int) -> Row:
         """What is known of one request's tokens in this pass."""
@@ -195,13 +211,22 @@ class State:
                 device = self.board.mask.device
                 self.targets[request] = torch.tensor(target, dtype=torch.float32, device=device)
             elif isinstance(target, str) and target in self.records:
-                self.targets[request] = self.records[target]
+                self.targets[request] = self._taken(target, asked(state).get("uses"))
             else:
                 raise ModelError(
                     f"cmrm: fill has no coordinates of the text of the request {request}; no "
                     "answer is given"
                 )
         return self.targets[request]
+
+    def _taken(self, name: str, uses: Any) -> torch.Tensor:
+        """A record, which is dropped where the last of its `uses` takes it."""
+        record = self.records[name]
+        if isinstance(uses, int):
+            self.uses[name] = self.uses.get(name, 0) + 1
+            if self.uses[name] >= uses:
+                del self.records[name], self.uses[name]
+        return record
 
     def _await_record(self, state: Any, token: int) -> None:
         """Keep the coordinates of a token of the coming pass, where its request asks for it."""
