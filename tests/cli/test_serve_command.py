@@ -72,6 +72,7 @@ def test_what_is_refused(checkpoint: str, shift: Path, monkeypatch: pytest.Monke
     for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
         output(*base, "--host", host)
     assert "fewer than 8" in refused(*base, "--api-key", "short")
+    assert "ASCII" in refused(*base, "--api-key", "cl\u00e9-s\u00e9curis\u00e9e")
     assert "within 1..65535" in refused(*base, "--port", 0)
     assert "at least 1" in refused(*base, "--max-images", 0)
     assert "names nothing" in refused(*base, "--image-domains", " ")

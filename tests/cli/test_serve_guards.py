@@ -188,7 +188,7 @@ def test_paths_that_clients_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         "/v1/embeddings", "/docs", "/v1/chat/completions/", "/sleep",
     ):  # fmt: skip
         assert ask(path) == 404
-    assert ask("/v1/chat/completions", "GET") == 404
+    assert ask("/v1/chat/completions", "GET") == ask("/health") == 405
     assert ask("/v1/chat/completions", body=b'{"use_beam_search": true}') == 400
     monkeypatch.setattr(front, "MOST_BYTES", 10)
     assert ask("/v1/chat/completions", body=b"{}" + b" " * 20) == 413

@@ -15,9 +15,9 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from cmrm import Steering
 from cmrm.engines.vllm.http import REFUSED
-from fuzzing import statuses
+from fuzzing import show, statuses
 from serving.models import Model, hooks, requests
-from serving.test_serve import KEY, Server, ask, close, health, running
+from serving.test_serve import KEY, Server, ask, close, content, health, running
 
 FILL = Steering(operator="fill", alpha=1.0)
 ALLOWED = {200, 400, 401, 404, 413, 422}
@@ -33,8 +33,13 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def passable(body: dict[str, Any]) -> None:
     """The model that is there, and nothing that is refused at once."""
     body["model"] = "tiny"
+    show(body, content({"text": "", "image": "red"})[0]["image_url"]["url"])
     for name in (*REFUSED, "kv_transfer_params", "prompt_embeds", "structured_outputs"):
         body.pop(name, None)
+    if "messages" not in body and not body.get("prompt"):
+        body["prompt"] = "What is it?"
+        for name in ("response_format", "logprobs"):
+            body.pop(name, None)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_preemption(model: Model, name: str) -> None:
             {**request, "extra": {"cmrm": {"target": str(k)}}} for k, request in enumerate(batch)
         ]  # fmt: skip
     answered = vllm(
-        model, [*rounds, asked], setting, block_size=16, num_gpu_blocks_override=24,
+        model, [*rounds, asked], setting, block_size=32, num_gpu_blocks_override=10,
         max_model_len=256, max_num_seqs=8,
     )  # fmt: skip
     assert answered["preempted"], "memory was short"

@@ -198,9 +198,9 @@ def _serve_transformers(
         say("loading the model, and testing its steering")
         steered = Steered(TransformersEngine(c.open_model(model, **loading)), vectors, setting)
     app = application(steered, name, key=api_key, most_images=max_images)
-    status = steered.status()
+    status, shown = steered.status(), f"[{host}]" if ":" in host else host
     typer.echo(
-        f"cmrm: serving {name} at http://{host}:{port}/v1, {status['layers']} of "
+        f"cmrm: serving {name} at http://{shown}:{port}/v1, {status['layers']} of "
         f"{steered.vlm.n_layers} decoder layers steered, positions {status['positions']}, "
         f"{'with' if status['gated'] else 'without'} the harm gate",
         err=True,
@@ -292,6 +292,8 @@ def _check(
         )
     if api_key is not None and len(api_key) < 8:
         raise InputError("--api-key has fewer than 8 characters")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise InputError("--api-key has characters that a header cannot carry; use ASCII letters")
     for option in options:
         name = option.split("=", 1)[0].replace("_", "-")
         if name in OWN:

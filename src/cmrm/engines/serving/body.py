@@ -4,6 +4,7 @@ not honour is refused by name."""
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import json
 from collections.abc import Sequence
@@ -13,18 +14,15 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-MOST_STOPS, MOST_STOP_CHARACTERS = 16, 64
-"""For each text that stops a reply transformers makes a table: vocabulary by characters."""
 MOST_TOKENS = 1_000_000
 MOST_TEXT = 500_000
 """Bytes of a body without its images: texts are tokenised before their length is known."""
 MOST_PIXELS = 40_000_000
-"""Of an image."""
-Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+"""Of the images of a request together."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _ImageUrl(_Strict):
@@ -43,7 +41,7 @@ class _ImagePart(_Strict):
 
 
 class _Message(_Strict):
-    role: str = Field(min_length=1)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]] | None = (
         None
     )
@@ -57,6 +55,10 @@ class _Message(_Strict):
         return self
 
 
+class _AsText(_Strict):
+    type: Literal["text"]
+
+
 class Chat(_Strict):
     """A chat request."""
 
@@ -67,12 +69,15 @@ class Chat(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto"] | None = None
     n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    response_format: _AsText | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
@@ -99,6 +104,8 @@ def refused_chat(body: bytes, most_images: int) -> str | None:
             return f"{place} is not supported by --engine transformers; ask without it"
         if first["type"] == "string_pattern_mismatch":
             return f"{place}: images come as data URIs (data:image/png;base64,...)"
+        if first["type"] == "model_type":
+            return f"{place}: an object is expected"
         return f"{place}: {first['msg']}"
     except RecursionError:
         return "the body is nested too deeply"
@@ -108,7 +115,21 @@ def refused_chat(body: bytes, most_images: int) -> str | None:
     if len(images) > most_images:
         raise_to = "--max-images raises it"
         return f"the request has {len(images)} images, the limit is {most_images} ({raise_to})"
-    return next((reason for url in images if (reason := _refused_image(url))), None)
+    try:
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text holds one half of a surrogate pair, which is no letter; send whole letters"
+    pixels = 0
+    for url in images:
+        try:
+            pixels += _pixels(url)
+        except binascii.Error:
+            return "an image cannot be read: it is not base64"
+        except Exception as error:  # a stranger's bytes: Pillow raises whatever it meets
+            return f"an image cannot be read: {type(error).__name__}"
+    if pixels > MOST_PIXELS:
+        return f"the images have {pixels} pixels, the limit is {MOST_PIXELS}; send smaller ones"
+    return None
 
 
 def _urls(chat: Chat) -> list[str]:
@@ -122,17 +143,11 @@ def _urls(chat: Chat) -> list[str]:
     ]
 
 
-def _refused_image(url: str) -> str | None:
-    """Why an image is not taken; its pixels are not read for it."""
-    try:
-        content = base64.b64decode(url.partition(",")[2], validate=True)
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-    except Exception as error:  # a stranger's bytes: Pillow raises whatever it meets
-        return f"an image cannot be read: {type(error).__name__}"
-    if width * height > MOST_PIXELS:
-        return f"an image has {width} x {height} pixels, the limit is {MOST_PIXELS} in all"
-    return None
+def _pixels(url: str) -> int:
+    """Number of pixels of an image, which is not decoded for it."""
+    content = base64.b64decode(url.partition(",")[2], validate=True)
+    with Image.open(io.BytesIO(content)) as image:
+        return int(image.width * image.height)
 
 
 def _place(steps: Sequence[int | str]) -> str:

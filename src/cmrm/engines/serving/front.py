@@ -77,15 +77,21 @@ class Front:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path = scope.get("path", "")
-        if path == "/health":
+        path, method = scope.get("path", ""), scope.get("method")
+        own = path in ("/health", "/live", "/metrics")
+        if own and method == "HEAD":
+            method = "GET"
+            scope = {**scope, "method": method}
+        if (own and method != "GET") or (path in self.asked and self.asked[path] != method):
+            await refuse(send, 405, f"this path takes {self.asked.get(path, 'GET')} alone")
+        elif path == "/health":
             await self._health(scope, receive, send)
         elif path == "/live":
             state = await self._plain_health({**scope, "path": "/health"}, receive)
             await _answer(send, state, b"", "text/plain")
         elif path == "/metrics":
             await self._metrics(scope, receive, send)
-        elif self.asked.get(path) != scope.get("method"):
+        elif path not in self.asked:
             await refuse(send, 404, "there is no such path here")
         elif not self.admits(scope):
             await refuse(send, 401, "the key is missing or wrong")
@@ -139,8 +145,9 @@ class Front:
             self.abandoned(name)
 
         name = f"cmrm{uuid4().hex}"
-        headers = [(k, v) for k, v in scope.get("headers", ()) if k.lower() != b"x-request-id"]
-        headers.append((b"x-request-id", name.encode()))
+        own = (b"x-request-id", b"content-type")
+        headers = [(k, v) for k, v in scope.get("headers", ()) if k.lower() not in own]
+        headers += [(own[0], name.encode()), (own[1], b"application/json")]
         teller = Teller(send, lambda: self.outcome(scope, name), completes=self.completes)
         watcher = asyncio.create_task(watch())
         try:
@@ -300,7 +307,8 @@ def shows_key(scope: Scope, key: str | None) -> bool:
     if not key:
         return True
     sent = [v for k, v in scope.get("headers", ()) if k.lower() == b"authorization"]
-    return len(sent) == 1 and secrets.compare_digest(sent[0], f"Bearer {key}".encode())
+    kind, _, shown = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
+    return kind.lower() == b"bearer" and secrets.compare_digest(shown, key.encode())
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:

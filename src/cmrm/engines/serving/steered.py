@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ class Steered:
         self.needs_text = needs_text(self.steering)
         self.expected: dict[str, Expected] = {}
         self.outcomes: dict[str, dict[str, Any]] = {}
+        self.preparing: set[str] = set()
         self.running: set[str] = set()
         self.abandoned: set[str] = set()
         self._lock = threading.Lock()
@@ -135,13 +136,31 @@ class Steered:
     def abandon(self, name: str) -> None:
         """The client of a request has gone away, or has its reply: nothing more is run for it."""
         with self._lock:
-            if name in self.running or name in self.expected:
+            if name in self.running or name in self.expected or name in self.preparing:
                 self.abandoned.add(name)
 
     @property
     def waiting(self) -> int:
         """Requests that run, or wait for it."""
-        return len(self.running) + len(self.expected)
+        return len(self.running) + len(self.expected) + len(self.preparing)
+
+    @contextmanager
+    def prepared(self, name: str) -> Iterator[None]:
+        """A request that is read and rendered in this context.
+
+        Raises:
+            SteeringError: its client has gone away meanwhile.
+        """
+        self.preparing.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.preparing.discard(name)
+                gone = name in self.abandoned
+                self.abandoned.discard(name)
+        if gone:
+            raise SteeringError("the client is gone")
 
     async def outcome(self, name: str) -> dict[str, Any] | None:
         """What was done to a request, once it has ended; forgotten then. None where it failed.

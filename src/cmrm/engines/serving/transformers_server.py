@@ -8,8 +8,11 @@ request at a time.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import transformers
@@ -44,6 +47,8 @@ PLAIN: dict[str, Any] = {
     "min_new_tokens": None,
 }  # fmt: skip
 """One row that is decoded token by token, whatever the checkpoint's own settings say."""
+_INPUTS: ContextVar[Any] = ContextVar("inputs")
+"""Model inputs of the request that this task handles."""
 _log = logging.getLogger("cmrm.serve")
 
 
@@ -241,19 +246,40 @@ class _Named:
             raise _Failed(f"the model failed ({type(error).__name__})") from error
 
 
+class _Rendered:
+    """The processor as one request sees it: its prompt is rendered already."""
+
+    def __init__(self, processor: Any, inputs: Any) -> None:
+        self._processor, self._inputs = processor, inputs
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        """The prompt's model inputs."""
+        return self._inputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+
 class _Chat(ChatCompletionHandler):
     """transformers' handler of chats, which is told first what each request carries."""
 
     def __init__(self, steered: Steered, manager: ModelManager, state: GenerationState) -> None:
         super().__init__(manager, state)
         self.steered = steered
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="cmrm-prompts")
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        steered = self.steered
+        steered, name = self.steered, self.model_manager.force_model
+        if body.get("model") not in (None, name):
+            return _error(404, f"there is no model {body['model']!r} here, but {name!r}")
         if steered.waiting >= MOST_WAITING:
             return _error(503, f"{MOST_WAITING} requests wait already; come again later")
         try:
-            steered.expected[request_id] = self._expected(body)
+            with steered.prepared(request_id):
+                loop = asyncio.get_running_loop()
+                expected, inputs = await loop.run_in_executor(self.worker, self._read, body)
+            steered.expected[request_id] = expected
+            _INPUTS.set(inputs)
             return await super().handle_request(body, request_id)
         except HTTPException:
             steered.expected.pop(request_id, None)
@@ -263,6 +289,11 @@ class _Chat(ChatCompletionHandler):
         except Exception as error:  # whatever a stranger's request makes transformers raise
             steered.expected.pop(request_id, None)
             return _error(400, f"the request cannot be read: {_one_line(error)}")
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        """The model, and the processor with the prompt that is rendered already."""
+        name, model, processor = super()._resolve_model(body)
+        return name, model, _Rendered(processor, _INPUTS.get())
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
@@ -278,28 +309,44 @@ class _Chat(ChatCompletionHandler):
             config.do_sample = True
         return config
 
-    def _expected(self, body: dict[str, Any]) -> Expected:
-        """What a request carries.
+    def _read(self, body: dict[str, Any]) -> tuple[Expected, Any]:
+        """What a request carries, and its prompt as model inputs.
 
         Raises:
-            InputError: a text holds what the processor would take for an image.
+            InputError: a text holds what the processor would take for an image, or the model has no
+                place for tools.
         """
-        messages = body["messages"]
+        messages, tools = body["messages"], body.get("tools")
         texts = texts_of(messages)
         for placeholder in sorted(self.steered.vlm.placeholders):
             if any(placeholder in text for text in texts):
                 raise InputError(f"a text holds {placeholder!r}, which the model reads as an image")
-        seed = body.get("seed")
-        if not has_images(messages):
-            return Expected(has_image=False, seed=seed)
-        if not self.steered.needs_text:
-            return Expected(has_image=True, seed=seed)
-        inputs = self.steered.vlm.processor.apply_chat_template(
-            self.get_processor_inputs_from_messages(without_images(messages), Modality.VLM),
-            add_generation_prompt=True, tools=body.get("tools"), return_tensors="pt",
+        alone = self._conversation(without_images(messages))
+        if tools and self._text(alone, tools) == self._text(alone, None):
+            raise InputError("the model's chat template has no place for tools; ask without them")
+        shown, seed = has_images(messages), body.get("seed")
+        inputs = self._inputs(self._conversation(messages), tools)
+        if shown and self.steered.needs_text:
+            return Expected(True, dict(self._inputs(alone, tools)), seed), inputs
+        return Expected(shown, None, seed), inputs
+
+    def _conversation(self, messages: list[Any]) -> list[Any]:
+        return list(self.get_processor_inputs_from_messages(messages, Modality.VLM))
+
+    def _text(self, conversation: list[Any], tools: Any) -> str:
+        """A conversation without images as the chat template writes it."""
+        processor = self.steered.vlm.processor
+        return str(
+            processor.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False, tools=tools
+            )
+        )
+
+    def _inputs(self, conversation: list[Any], tools: Any) -> Any:
+        return self.steered.vlm.processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tools=tools, return_tensors="pt",
             return_dict=True, tokenize=True,
         )  # fmt: skip
-        return Expected(has_image=True, text=dict(inputs), seed=seed)
 
 
 def _one_line(error: Exception) -> str:
