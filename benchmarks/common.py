@@ -35,16 +35,31 @@ from cmrm.prompts.ours import prompt_samples  # noqa: E402
 from cmrm.prompts.sample import Sample  # noqa: E402
 
 IMAGE_SIZE, PATCH = 336, 14
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3,
+}  # fmt: skip
+"""SmolLM2-135M."""
+LARGE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4,
+}  # fmt: skip
+"""TinyLlama-1.1B."""
 
 
-def random_llava(*, tiny: bool = False) -> VLM:
+def random_llava(*, tiny: bool = False, large: bool = False) -> VLM:
     """A LLaVA-1.5 in shape (336 pixels, 576 image tokens) on a backbone of SmolLM2-135M's size,
-    random weights, bfloat16.
+    random weights, bfloat16; `large`: of TinyLlama-1.1B's size.
 
     Its vision tower is a small one (4 layers, width 256): a real one costs more in a bare forward
     and nothing more in an extraction that runs the image once, so the ratios are upper bounds in
     this respect.
     """
+    sizes = LARGE if large else TINY if tiny else SMALL
     tokenizer = load_tokenizer()
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = LlavaProcessor(
@@ -69,11 +84,7 @@ def random_llava(*, tiny: bool = False) -> VLM:
             ),
             text_config=LlamaConfig(
                 vocab_size=49152,
-                hidden_size=64 if tiny else 576,
-                intermediate_size=128 if tiny else 1536,
-                num_hidden_layers=3 if tiny else 30,
-                num_attention_heads=9 if not tiny else 2,
-                num_key_value_heads=3 if not tiny else 1,
+                **sizes,
                 max_position_embeddings=8192,
                 tie_word_embeddings=True,
             ),

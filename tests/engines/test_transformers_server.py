@@ -374,8 +374,9 @@ def test_errors_are_the_clients_own(gated: Running) -> None:
         ask(gated, BATCH[0], tools=[tool])
     half = [{"role": "user", "content": "\ud800"}]
     assert "surrogate" in post(gated, {"messages": half})[1]
-    for none in ([], {"messages": [3]}):
-        assert "an object is expected" in post(gated, none)[1]
+    nothing: list[Any] = [[], {"messages": [3]}]
+    for sent in nothing:
+        assert "an object is expected" in post(gated, sent)[1]
     with pytest.raises(BadRequestError, match="more than"):
         ask(gated, Request("x" * 600_000))
     assert gated.steered.expected == {}, "nothing is kept of a request that failed"

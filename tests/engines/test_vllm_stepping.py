@@ -159,6 +159,33 @@ def test_records_that_nobody_uses_do_not_pile_up() -> None:
     assert "0" not in made.records
 
 
+@pytest.mark.parametrize("setting", [FILL, GATED, Steering(positions="generated")])
+def test_a_step_of_texts_alone_is_idle_where_nothing_is_compiled(setting: Steering) -> None:
+    made = state(setting)
+    known = {
+        "text": request(3, image=None), "image": request(3, target=[0.0, 0.0]),
+        "asked": request(3, image=None, record="x"),
+    }  # fmt: skip
+
+    def idle(*names: str) -> bool:
+        made.prepare(names, dict.fromkeys(names, 3), known)
+        return made.board.idle
+
+    assert not idle("text"), "a compiled step would leave out what the next one needs"
+    made.eager = True
+    hidden = torch.randn(3, WIDTH)
+    step = made.program.step(LAYERS - 1, torch.float32, torch.device("cpu"))
+    assert idle("text")
+    assert step(hidden, None, made.board) is hidden
+    assert not idle("image")
+    assert not idle("text", "image")
+    if setting is FILL:
+        assert not idle("asked"), "its coordinates are read"
+    assert idle("text")
+    made.board.clear()
+    assert not made.board.idle, "the self-test comes without requests"
+
+
 def test_counts() -> None:
     made = state(Steering(alpha=0.5))
     known = {"a": request(4), "b": request(3, image=None)}

@@ -185,6 +185,7 @@ def _arm(runner: Any, armed: _Armed) -> None:
     runner.cmrm_layers = {number: layers[number] for number in program.layers}
     runner.cmrm_sums = {number: _sum(layers[number]) for number in program.layers}
     runner.cmrm_state = State(program, board)
+    runner.cmrm_state.eager = bool(runner.model_config.enforce_eager)
     runner.cmrm_state.remembers = os.environ.get("CMRM_REMEMBERS") == "1"
     _log.warning(
         "cmrm: %d of %d decoder layers armed, positions %s, gate %s, program %s",

@@ -88,6 +88,9 @@ class Board:
         self.kept: dict[int, torch.Tensor] = {}
         """Layer -> float32 [P, d]: states of the last step at `places`."""
         self.slots = slots
+        self.idle = False
+        """Whether nothing is steered, read or decided in this step: the layers' steps are left out.
+        Never where a step may be compiled or captured, and used again for another."""
         self._used = tokens
 
     @property
@@ -108,6 +111,7 @@ class Board:
     def _clear(self, used: int) -> None:
         """Clear what the last step used; `used`: tokens of the coming one."""
         n, self._used = max(used, self._used), used
+        self.idle = False
         self.places = self.places[:0]
         self.mask[:n].zero_()
         if self.gated:

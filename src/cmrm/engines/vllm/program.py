@@ -260,6 +260,8 @@ class Step:
         self, hidden: torch.Tensor, residual: torch.Tensor | None, board: Board
     ) -> torch.Tensor:
         """The layer's hidden output [T, d], edited; `residual` [T, d] completes the state."""
+        if board.idle:
+            return hidden
         n = hidden.shape[0]
         if self.read is not None or self.fill is not None or self.kept is not None:
             state = (hidden if residual is None else hidden + residual).float()

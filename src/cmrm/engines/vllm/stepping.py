@@ -54,6 +54,8 @@ class State:
         """Whether outcomes of all requests are kept, by vLLM's own names of them."""
         self.deciding: list[tuple[str, int]] = []
         """(name, slot) of the last pass's requests about which the gate decided."""
+        self.eager = False
+        """Whether every step is run by Python, neither compiled nor captured."""
         self.testing = False
         """Whether the pass that comes is one of the self-test."""
 
@@ -100,6 +102,8 @@ class State:
                 dtype=torch.long,
                 device=self.board.mask.device,
             )
+        texts_alone = all(row.image_end is None for row in rows)
+        self.board.idle = self.eager and texts_alone and not self.pending
         self.counts["steps"] += 1
         self.counts["tokens"] += start
         self.counts["masked"] += masked
