@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +39,7 @@ from cmrm.engines.transformers import TransformersEngine
 from cmrm.errors import ArtifactError, InputError, ModelError
 from cmrm.model.identity import identity_of
 from cmrm.prompts.conditions import Request, Turn
+from cmrm.prompts.images import open_picture
 from cmrm.shift.artifact import Provenance, ShiftVectors
 from cmrm.shift.resolve import resolved
 from cmrm.steering.gate import Gate
@@ -406,6 +408,47 @@ def test_images_that_are_none(gated: Running, kind: str) -> None:
         assert status == 400, text
         assert "image" in json.loads(text)["error"]["message"]
     assert gated.steered.expected == {}
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Pictures that a plain conversion to RGB reads otherwise than cmrm does."""
+    ramp = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    turned = Image.fromarray((ramp // 256).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    contents = {}
+    for name, image, more in (
+        ("16 bit", Image.fromarray(ramp), {}), ("transparent", clear, {}),
+        ("turned", turned, {"exif": exif}),
+    ):  # fmt: skip
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", **more)
+        contents[name] = buffer.getvalue()
+    return contents
+
+
+@pytest.mark.parametrize("kind", list(odd_pictures()))
+def test_pictures_are_read_as_everywhere(
+    model: Model, gated: Running, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    content = odd_pictures()[kind]
+    wanted_picture = open_picture(content, "a test")
+    processor = model.engine.vlm.processor
+    shown: list[Any] = []
+    apply = processor.apply_chat_template
+
+    def watched(conversation: Any, **more: Any) -> Any:
+        shown.extend(p["image"] for p in conversation[0]["content"] if p["type"] == "image")
+        return apply(conversation, **more)
+
+    monkeypatch.setattr(processor, "apply_chat_template", watched)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    sent = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+    assert post(gated, sent)[0] == 200
+    assert [image.tobytes() for image in shown] == [wanted_picture.tobytes()]
+    assert wanted_picture.tobytes() != Image.open(io.BytesIO(content)).convert("RGB").tobytes()
 
 
 def test_sampling_is_what_the_client_asks_for(model: Model, gated: Running) -> None:

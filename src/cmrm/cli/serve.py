@@ -165,9 +165,9 @@ def _check_own(options: Mapping[str, Any], engine: str) -> None:
     """
     from cmrm.errors import InputError
 
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise InputError(f"{given[0]}: this goes with --engine {engine} alone")
+    foreign = [name for name, value in options.items() if value]
+    if foreign:
+        raise InputError(f"{foreign[0]}: this goes with --engine {engine} alone")
 
 
 def _serve_transformers(
@@ -193,19 +193,19 @@ def _serve_transformers(
     from cmrm.engines.serving.transformers_server import application, bound, run
     from cmrm.engines.transformers import TransformersEngine
 
-    listener = bound(host, port)
-    with screen.progress(None) as (say, _):
-        say("loading the model, and testing its steering")
-        steered = Steered(TransformersEngine(c.open_model(model, **loading)), vectors, setting)
-    app = application(steered, name, key=api_key, most_images=max_images)
-    status, shown = steered.status(), f"[{host}]" if ":" in host else host
-    typer.echo(
-        f"cmrm: serving {name} at http://{shown}:{port}/v1, {status['layers']} of "
-        f"{steered.vlm.n_layers} decoder layers steered, positions {status['positions']}, "
-        f"{'with' if status['gated'] else 'without'} the harm gate",
-        err=True,
-    )
-    run(app, listener, DRAIN)
+    with bound(host, port) as listener:  # before minutes of loading
+        with screen.progress(None) as (say, _):
+            say("loading the model, and testing its steering")
+            steered = Steered(TransformersEngine(c.open_model(model, **loading)), vectors, setting)
+        app = application(steered, name, key=api_key, most_images=max_images)
+        status, shown = steered.status(), f"[{host}]" if ":" in host else host
+        typer.echo(
+            f"cmrm: serving {name} at http://{shown}:{port}/v1, {status['layers']} of "
+            f"{steered.vlm.n_layers} decoder layers steered, positions {status['positions']}, "
+            f"{'with' if status['gated'] else 'without'} the harm gate",
+            err=True,
+        )
+        run(app, listener, DRAIN)
 
 
 def _check_parsed(command: Sequence[str], *, fills: bool) -> None:

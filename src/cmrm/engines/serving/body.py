@@ -3,8 +3,6 @@ not honour is refused by name."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
 from collections.abc import Sequence
@@ -13,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cmrm.errors import InputError
+from cmrm.prompts.images import decode_data_uri
 
 MOST_TOKENS = 1_000_000
 MOST_TEXT = 500_000
@@ -123,8 +124,8 @@ def refused_chat(body: bytes, most_images: int) -> str | None:
     for url in images:
         try:
             pixels += _pixels(url)
-        except binascii.Error:
-            return "an image cannot be read: it is not base64"
+        except InputError as error:
+            return str(error)
         except Exception as error:  # a stranger's bytes: Pillow raises whatever it meets
             return f"an image cannot be read: {type(error).__name__}"
     if pixels > MOST_PIXELS:
@@ -145,8 +146,7 @@ def _urls(chat: Chat) -> list[str]:
 
 def _pixels(url: str) -> int:
     """Number of pixels of an image, which is not decoded for it."""
-    content = base64.b64decode(url.partition(",")[2], validate=True)
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(decode_data_uri(url, "the request"))) as image:
         return int(image.width * image.height)
 
 

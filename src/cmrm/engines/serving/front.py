@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +34,7 @@ FRESH = 1.0
 """Seconds for which a status is given again."""
 
 
-class Front:
+class Front(ABC):
     """ASGI middleware around a server's application; each server says what its workers do."""
 
     asked: Mapping[str, str] = MappingProxyType(
@@ -51,14 +52,14 @@ class Front:
         self.lock = asyncio.Lock()
         self.last: tuple[float, list[dict[str, Any]]] | None = None
 
+    @abstractmethod
     async def workers(self, scope: Scope) -> list[dict[str, Any]]:
         """What every worker says of its steering; an exception where one is not armed, is silent,
         or is armed with something else than this server was started with."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def outcome(self, scope: Scope, name: str) -> dict[str, Any] | None:
         """What was done to the request of a name; None where no worker knows it."""
-        raise NotImplementedError
 
     def admits(self, scope: Scope) -> bool:
         """Whether a client has shown the key; True where the application looks itself."""
@@ -70,6 +71,7 @@ class Front:
 
     def abandoned(self, name: str) -> None:
         """The client of a request has gone away, or has its reply."""
+        return
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer `/health`, `/live` and `/metrics`; let clients ask, once every worker is armed."""
@@ -320,7 +322,12 @@ async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
 
 
 async def refuse(send: Send, status: int, reason: str) -> None:
+    """Answer with an error."""
+    body = json.dumps(error_body(status, reason)).encode()
+    await _answer(send, status, body, "application/json")
+
+
+def error_body(status: int, reason: str) -> dict[str, Any]:
     """An error in the form of OpenAI's protocol."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": f"cmrm: {reason}", "type": kind, "code": status}
-    await _answer(send, status, json.dumps({"error": error}).encode(), "application/json")
+    return {"error": {"message": f"cmrm: {reason}", "type": kind, "code": status}}

@@ -30,11 +30,12 @@ from transformers.cli.serving.utils import (
 )
 
 from cmrm.engines.serving.body import refused_chat
-from cmrm.engines.serving.front import Front, Scope, shows_key
+from cmrm.engines.serving.front import Front, Scope, error_body, shows_key
 from cmrm.engines.serving.messages import has_images, texts_of, without_images
 from cmrm.engines.serving.steered import Expected, Steered
 from cmrm.engines.transformers import GREEDY
 from cmrm.errors import CmrmError, InputError
+from cmrm.prompts.images import open_picture
 
 TESTED = ("5.24",)
 """Versions of transformers, major and minor, whose server was tested."""
@@ -119,8 +120,7 @@ def run(app: Front, listener: socket.socket, drain: int) -> None:
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=drain, server_header=False
     )
-    with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Front(Front):
@@ -331,7 +331,16 @@ class _Chat(ChatCompletionHandler):
         return Expected(shown, None, seed), inputs
 
     def _conversation(self, messages: list[Any]) -> list[Any]:
-        return list(self.get_processor_inputs_from_messages(messages, Modality.VLM))
+        """Messages as the processor takes them, their images opened as everywhere in cmrm."""
+        conversation = list(self.get_processor_inputs_from_messages(messages, Modality.VLM))
+        for message in conversation:
+            message["content"] = [
+                {"type": "image", "image": open_picture(part["url"], "the request")}
+                if part["type"] == "image"
+                else part
+                for part in message["content"]
+            ]
+        return conversation
 
     def _text(self, conversation: list[Any], tools: Any) -> str:
         """A conversation without images as the chat template writes it."""
@@ -356,7 +365,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    """An error in the form of OpenAI's protocol."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    content = {"message": f"cmrm: {message}", "type": kind, "code": status}
-    return JSONResponse({"error": content}, status_code=status)
+    return JSONResponse(error_body(status, message), status_code=status)
